@@ -80,7 +80,6 @@ impl BlkError {
     }
 
     /// The inverse of `self as u8`; `None` for zero (success).
-    #[expect(dead_code, reason = "used by the join counter")]
     pub(crate) const fn from_code(code: u8) -> Option<Self> {
         Some(match code {
             0 => return None,

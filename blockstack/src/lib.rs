@@ -1,3 +1,55 @@
-//! Stub.
+//! A stacking block layer in user space: bios, sets of bios, submission, devices.
+//!
+//! Meaning follows the kernel's block layer; the shape is Rust's.
+//!
+//! ```
+//! use blockstack::backend::mem::MemDisk;
+//! use blockstack::{BioFlags, DynDevice, PagePool, Sector, SectorCount, read_wait, write_wait};
+//!
+//! # fn main() -> Result<(), blockstack::BlkError> {
+//! let disk: DynDevice = MemDisk::new("mem0", SectorCount::new(64));
+//! let mut buf = PagePool::shared().alloc(512)?;
+//! buf.fill(7);
+//! let buf = write_wait(&disk, Sector::new(3), buf, BioFlags::FUA)?;
+//! assert!(read_wait(&disk, Sector::new(3), buf)?.iter().all(|&byte| byte == 7));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`units`] | sectors and lengths |
+//! | [`error`] | the code that ends a bio |
+//! | [`sync`] | locks with ranks, the hook that hears of waits |
+//! | [`buf`] | aligned memory |
+//! | [`bio`], [`bio_set`] | the unit of I/O and its pools |
+//! | [`submit`] | recursion turned into iteration |
+//! | [`wait`] | bios that a thread waits for |
+//! | [`device`] | the trait, limits, counters |
+//! | [`backend`] | the bottom of a stack |
+//!
+//! # Locking
+//!
+//! Ranks stand in [`sync::Rank`]. This crate itself takes only `Queue` and `Pool` locks.
+#![deny(unsafe_code)]
+
+pub mod backend;
+pub mod bio;
+pub mod bio_set;
+pub mod buf;
+pub mod device;
 pub mod error;
+mod rescuer;
+pub mod submit;
+pub mod sync;
 pub mod units;
+pub mod wait;
+
+pub use bio::{Bio, BioFlags, Op};
+pub use bio_set::{BioSet, Wait};
+pub use buf::{Buf, PagePool};
+pub use device::{BlockDevice, DynDevice, Limits};
+pub use error::{BlkError, BlkResult};
+pub use submit::submit_bio;
+pub use units::{Sector, SectorCount};
+pub use wait::{flush_wait, range_wait, read_wait, write_wait};

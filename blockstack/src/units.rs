@@ -30,7 +30,11 @@ impl Sector {
     /// Makes a position from bytes; `None` where `bytes` is no multiple of 512.
     #[must_use]
     pub const fn from_bytes(bytes: u64) -> Option<Self> {
-        if bytes % SECTOR_SIZE as u64 == 0 { Some(Self(bytes >> SECTOR_SHIFT)) } else { None }
+        if bytes % SECTOR_SIZE as u64 == 0 {
+            Some(Self(bytes >> SECTOR_SHIFT))
+        } else {
+            None
+        }
     }
 
     /// The position as a number of sectors.
@@ -77,7 +81,11 @@ impl SectorCount {
     /// Makes a length from bytes; `None` where `bytes` is no multiple of 512.
     #[must_use]
     pub const fn from_bytes(bytes: u64) -> Option<Self> {
-        if bytes % SECTOR_SIZE as u64 == 0 { Some(Self(bytes >> SECTOR_SHIFT)) } else { None }
+        if bytes % SECTOR_SIZE as u64 == 0 {
+            Some(Self(bytes >> SECTOR_SHIFT))
+        } else {
+            None
+        }
     }
 
     /// The length as a number of sectors.

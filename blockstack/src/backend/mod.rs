@@ -1,0 +1,3 @@
+//! Devices at the bottom of a stack.
+
+pub mod mem;

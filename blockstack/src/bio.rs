@@ -1,0 +1,527 @@
+//! The unit of I/O.
+//!
+//! A [`Bio`] is owned, moved from layer to layer, and ends exactly once: by [`Bio::complete`], or,
+//! if it is dropped, with [`BlkError::Io`] and a line in the log. It comes from a
+//! [`BioSet`](crate::BioSet) and goes back there, with the memory of its lists, when it is over.
+//! The set's type parameter is the caller's data for each bio, the *front pad*; it lies in the same
+//! allocation and is reached by [`Bio::pad_mut`].
+//!
+//! # Splitting
+//!
+//! [`Bio::split`] cuts the front off. Both pieces share the memory; the piece that keeps the
+//! identity (and the owner's `end_io`) is the rest. The owner's `end_io` runs once, after all
+//! pieces ended, with the first error among them:
+//!
+//! ```text
+//! B[0..24)  --split(8)-->  F1[0..8)  B[8..24)  --split(8)-->  F2[8..16)  B[16..24)
+//! join counter of B:  1           2                        3
+//! F2 ends: 2.  B ends: 1, parked.  F1 ends: 0 -> end_io(B, first error)
+//! ```
+//!
+//! # Cloning
+//!
+//! A stacking device allocates a clone from its own set, [takes over](Bio::clone_from_parent) the
+//! data of the bio it was given, keeps that bio by value in the clone's pad, and ends it after the
+//! clone ended.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::time::Instant;
+
+use smallvec::SmallVec;
+
+use crate::bio_set::{BioSet, Home};
+use crate::buf::{Buf, Segment};
+use crate::device::BlockDevice;
+use crate::error::{BlkError, BlkResult};
+use crate::sync::{Mutex, Rank};
+use crate::units::{SECTOR_SHIFT, SECTOR_SIZE, Sector, SectorCount};
+
+/// What a bio asks for.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Op {
+    /// Fill the segments from the device.
+    Read,
+    /// Write the segments to the device.
+    Write,
+    /// Make all writes that ended before durable; carries no data and no range.
+    Flush,
+    /// The range is not needed any more; what it reads as afterwards is undefined.
+    Discard,
+    /// The range reads as zeros afterwards; carries no data.
+    WriteZeroes,
+}
+
+impl Op {
+    /// Whether the bio carries segments.
+    #[must_use]
+    pub const fn has_data(self) -> bool {
+        matches!(self, Self::Read | Self::Write)
+    }
+
+    /// Whether the device's content changes.
+    #[must_use]
+    pub const fn is_write(self) -> bool {
+        matches!(self, Self::Write | Self::Discard | Self::WriteZeroes)
+    }
+}
+
+bitflags::bitflags! {
+    /// How a bio is to be done.
+    #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+    pub struct BioFlags: u8 {
+        /// Durable when it ends.
+        const FUA = 1;
+        /// All writes that ended before are made durable first.
+        const PREFLUSH = 2;
+        /// Somebody waits for it.
+        const SYNC = 4;
+        /// Metadata.
+        const META = 8;
+        /// Ahead of others.
+        const PRIO = 16;
+    }
+}
+
+/// How a bio ends: called once, without locks, perhaps on a thread that reaps completions, so it
+/// must not wait.
+pub type EndIo = fn(Bio, BlkResult);
+
+/// Data of a bio's owner; any type with a default state will do.
+pub trait Pad: Any + Send {
+    /// For [`Bio::pad_mut`].
+    fn as_any_mut(&mut self) -> &mut dyn Any;
+    /// Back to the default state, when the bio goes back to its set.
+    fn recycle(&mut self);
+}
+
+impl<P: Default + Send + 'static> Pad for P {
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+    fn recycle(&mut self) {
+        *self = P::default();
+    }
+}
+
+/// Counts the pieces of a split bio.
+pub(crate) struct Join {
+    remaining: AtomicU32,
+    /// `BlkError as u8` of the first piece that failed, or 0.
+    first_error: AtomicU8,
+    /// The bio whose end this is, once its own piece ended.
+    parked: Mutex<Option<Bio>>,
+}
+
+impl Join {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            remaining: AtomicU32::new(0),
+            first_error: AtomicU8::new(0),
+            parked: Mutex::new(Rank::Pool, None),
+        })
+    }
+
+    fn record(&self, res: BlkResult) {
+        if let Err(error) = res {
+            // First error wins; a later one changes nothing.
+            let _ = self.first_error.compare_exchange(
+                0,
+                error as u8,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
+        }
+    }
+
+    /// One piece is over; the last one ends the bio.
+    fn put(&self) {
+        if self.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let bio = self.parked.lock().take();
+            let res = match BlkError::from_code(self.first_error.load(Ordering::Relaxed)) {
+                None => Ok(()),
+                Some(error) => Err(error),
+            };
+            if let Some(bio) = bio {
+                bio.end(res);
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Life {
+    /// In its owner's hands or on its way.
+    Live,
+    /// `complete` was called.
+    Ended,
+}
+
+pub(crate) struct Core {
+    op: Op,
+    flags: BioFlags,
+    life: Life,
+    /// Whether `join` counts pieces of this bio.
+    split: bool,
+    sector: Sector,
+    len: SectorCount,
+    dev: Option<Arc<dyn BlockDevice>>,
+    end_io: EndIo,
+    segments: SmallVec<[Segment; 4]>,
+    bufs: SmallVec<[Buf; 2]>,
+    join: Arc<Join>,
+    /// The join counter that a front piece reports to.
+    piece_of: Option<Arc<Join>>,
+    pub(crate) home: Option<Arc<dyn Home>>,
+    /// When the device it now names accepted it, where that is sampled.
+    pub(crate) started: Option<Instant>,
+}
+
+pub(crate) struct Node<T: ?Sized> {
+    pub(crate) core: Core,
+    pad: T,
+}
+
+fn no_end_io(_: Bio, _: BlkResult) {}
+
+impl<P: Pad + Default> Node<P> {
+    pub(crate) fn new() -> Box<Node<dyn Pad>> {
+        Box::new(Node {
+            core: Core {
+                op: Op::Read,
+                flags: BioFlags::empty(),
+                life: Life::Ended,
+                split: false,
+                sector: Sector::ZERO,
+                len: SectorCount::ZERO,
+                dev: None,
+                end_io: no_end_io,
+                segments: SmallVec::new(),
+                bufs: SmallVec::new(),
+                join: Join::new(),
+                piece_of: None,
+                home: None,
+                started: None,
+            },
+            pad: P::default(),
+        })
+    }
+}
+
+/// One request to a block device; see the module's documentation.
+pub struct Bio(Option<Box<Node<dyn Pad>>>);
+
+impl Bio {
+    pub(crate) fn from_node(mut node: Box<Node<dyn Pad>>, op: Op, home: Arc<dyn Home>) -> Self {
+        node.core.op = op;
+        node.core.life = Life::Live;
+        node.core.home = Some(home);
+        Self(Some(node))
+    }
+
+    #[expect(
+        clippy::expect_used,
+        reason = "taken only by drop, after which nobody has the bio"
+    )]
+    fn core(&self) -> &Core {
+        &self.0.as_ref().expect("a live bio has its node").core
+    }
+
+    #[expect(
+        clippy::expect_used,
+        reason = "taken only by drop, after which nobody has the bio"
+    )]
+    pub(crate) fn core_mut(&mut self) -> &mut Core {
+        &mut self.0.as_mut().expect("a live bio has its node").core
+    }
+
+    /// What it asks for.
+    #[must_use]
+    pub fn op(&self) -> Op {
+        self.core().op
+    }
+
+    /// How it is to be done.
+    #[must_use]
+    pub fn flags(&self) -> BioFlags {
+        self.core().flags
+    }
+
+    /// Sets how it is to be done.
+    pub fn set_flags(&mut self, flags: BioFlags) {
+        self.core_mut().flags = flags;
+    }
+
+    /// Where it begins on the device it names, in sectors.
+    #[must_use]
+    pub fn sector(&self) -> Sector {
+        self.core().sector
+    }
+
+    /// Its length in sectors; zero for a flush.
+    #[must_use]
+    pub fn len(&self) -> SectorCount {
+        self.core().len
+    }
+
+    /// Whether it has no range.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.core().len == SectorCount::ZERO
+    }
+
+    /// The device it goes to.
+    #[must_use]
+    pub fn dev(&self) -> Option<&Arc<dyn BlockDevice>> {
+        self.core().dev.as_ref()
+    }
+
+    /// Names device and sector together.
+    pub fn set_dev(&mut self, dev: Arc<dyn BlockDevice>, sector: Sector) {
+        let core = self.core_mut();
+        core.dev = Some(dev);
+        core.sector = sector;
+    }
+
+    /// Sets the length of a discard or write-zeroes; other bios take it from their segments.
+    pub fn set_len(&mut self, len: SectorCount) {
+        debug_assert!(
+            !self.op().has_data(),
+            "the length of a bio with data is its segments'"
+        );
+        self.core_mut().len = len;
+    }
+
+    /// Sets what happens at the end.
+    pub fn set_end_io(&mut self, end_io: EndIo) {
+        self.core_mut().end_io = end_io;
+    }
+
+    /// Appends a whole buffer; its length must be a multiple of 512 bytes.
+    ///
+    /// # Errors
+    /// Gives the buffer back where its length is none.
+    pub fn push(&mut self, mut buf: Buf) -> Result<(), Buf> {
+        let Some(len) = SectorCount::from_bytes(buf.len() as u64) else {
+            return Err(buf);
+        };
+        let core = self.core_mut();
+        debug_assert!(core.op.has_data(), "only reads and writes carry data");
+        core.len = SectorCount::new(core.len.raw() + len.raw());
+        core.segments.push(buf.segment());
+        core.bufs.push(buf);
+        Ok(())
+    }
+
+    /// Takes the buffers back, in the order they were pushed. Called by the owner when the bio has
+    /// ended.
+    pub fn take_bufs(&mut self) -> impl Iterator<Item = Buf> + use<> {
+        let core = self.core_mut();
+        core.segments.clear();
+        core.len = SectorCount::ZERO;
+        std::mem::take(&mut core.bufs).into_iter()
+    }
+
+    /// Takes back the only (or first) buffer.
+    pub fn take_buf(&mut self) -> Option<Buf> {
+        let core = self.core_mut();
+        core.segments.clear();
+        core.len = SectorCount::ZERO;
+        let buf = (!core.bufs.is_empty()).then(|| core.bufs.remove(0));
+        core.bufs.clear();
+        buf
+    }
+
+    /// The memory to read into or write from.
+    #[must_use]
+    pub fn segments(&self) -> &[Segment] {
+        &self.core().segments
+    }
+
+    /// Copies the data of a write out, for a backend in memory; `visit` gets byte offset and bytes.
+    pub fn for_each_bytes(&self, mut visit: impl FnMut(usize, &[u8])) {
+        debug_assert_eq!(self.op(), Op::Write);
+        let mut offset = 0;
+        for segment in &self.core().segments {
+            visit(offset, segment.bytes());
+            offset += segment.len();
+        }
+    }
+
+    /// Fills the segments of a read, for a backend in memory; `fill` gets byte offset and bytes.
+    pub fn fill_each(&mut self, mut fill: impl FnMut(usize, &mut [u8])) {
+        debug_assert_eq!(self.op(), Op::Read);
+        let mut offset = 0;
+        for segment in &mut self.core_mut().segments {
+            fill(offset, segment.bytes_mut());
+            offset += segment.len();
+        }
+    }
+
+    /// The owner's data, of the type of the set it came from.
+    ///
+    /// # Panics
+    /// Where `P` is another type: a bio reached an `end_io` that is not its owner's.
+    #[expect(
+        clippy::expect_used,
+        reason = "set and end_io are chosen together by the owner"
+    )]
+    pub fn pad_mut<P: Pad>(&mut self) -> &mut P {
+        let node = self.0.as_mut().expect("a live bio has its node");
+        node.pad
+            .as_any_mut()
+            .downcast_mut()
+            .expect("pad of the type of the bio's set")
+    }
+
+    /// Makes this bio, fresh from a stacking device's set, name the same range, flags and memory as
+    /// `parent`, which the caller must then keep in this bio's pad until it ended.
+    pub fn clone_from_parent(&mut self, parent: &Self) {
+        let from = parent.core();
+        let core = self.core_mut();
+        core.op = from.op;
+        core.flags = from.flags;
+        core.sector = from.sector;
+        core.len = from.len;
+        core.segments.clear();
+        core.segments
+            .extend(from.segments.iter().map(Segment::alias));
+    }
+
+    /// Cuts the first `front` sectors off into a bio from `set`; see the module's documentation.
+    /// The front names the same device and flags, `PREFLUSH` stays with the front only, `FUA` with
+    /// both. `None`, and nothing changed, where `front` is not inside the bio or the set gave none.
+    pub fn split(
+        &mut self,
+        front: SectorCount,
+        set: &BioSet<()>,
+        wait: crate::Wait,
+    ) -> Option<Self> {
+        if front == SectorCount::ZERO || front >= self.len() {
+            return None;
+        }
+        let mut piece = set.alloc(self.op(), wait)?;
+        let core = self.core_mut();
+        if !core.split {
+            core.split = true;
+            core.join.remaining.store(1, Ordering::Relaxed);
+            core.join.first_error.store(0, Ordering::Relaxed);
+        }
+        core.join.remaining.fetch_add(1, Ordering::Relaxed);
+        let to = piece.core_mut();
+        to.flags = core.flags;
+        to.sector = core.sector;
+        to.len = front;
+        to.dev.clone_from(&core.dev);
+        to.piece_of = Some(core.join.clone());
+        if core.op.has_data() {
+            let mut bytes = front.raw() as usize * SECTOR_SIZE;
+            let mut whole = 0;
+            for segment in &mut core.segments {
+                let take = bytes.min(segment.len());
+                to.segments.push(segment.cut_front(take));
+                bytes -= take;
+                if segment.is_empty() {
+                    whole += 1;
+                }
+                if bytes == 0 {
+                    break;
+                }
+            }
+            core.segments.drain(..whole);
+        }
+        core.flags.remove(BioFlags::PREFLUSH);
+        core.sector = Sector::new(core.sector.raw() + front.raw());
+        core.len = SectorCount::new(core.len.raw() - front.raw());
+        Some(piece)
+    }
+
+    /// Ends the bio.
+    pub fn complete(mut self, res: BlkResult) {
+        let core = self.core_mut();
+        if core.split {
+            let join = core.join.clone();
+            join.record(res);
+            *join.parked.lock() = Some(self);
+            join.put();
+        } else if let Some(join) = core.piece_of.take() {
+            join.record(res);
+            core.life = Life::Ended;
+            // The piece's segments must be gone before the owner can take its memory back.
+            drop(self);
+            join.put();
+        } else {
+            self.end(res);
+        }
+    }
+
+    fn end(mut self, res: BlkResult) {
+        let core = self.core_mut();
+        core.life = Life::Ended;
+        core.split = false;
+        let end_io = core.end_io;
+        end_io(self, res);
+    }
+
+    /// Bytes of its range; zero for a flush.
+    #[must_use]
+    pub fn byte_len(&self) -> usize {
+        (self.len().raw() as usize) << SECTOR_SHIFT
+    }
+}
+
+impl Drop for Bio {
+    fn drop(&mut self) {
+        let Some(mut node) = self.0.take() else {
+            return;
+        };
+        if node.core.life == Life::Live {
+            if node.core.dev.is_some() {
+                let name = node.core.dev.as_ref().map(|dev| dev.name().to_owned());
+                log::error!(
+                    "bio dropped before it ended: {:?} of {} sectors at {} on {}",
+                    node.core.op,
+                    node.core.len,
+                    node.core.sector,
+                    name.as_deref().unwrap_or("-"),
+                );
+                Self(Some(node)).complete(Err(BlkError::Io));
+                return;
+            }
+            // Never submitted: nobody waits for it.
+            node.core.life = Life::Ended;
+        }
+        let core = &mut node.core;
+        core.flags = BioFlags::empty();
+        core.split = false;
+        core.len = SectorCount::ZERO;
+        core.dev = None;
+        core.end_io = no_end_io;
+        core.segments.clear();
+        core.bufs.clear();
+        core.started = None;
+        if let Some(join) = core.piece_of.take() {
+            join.record(Err(BlkError::Io));
+            join.put();
+        }
+        node.pad.recycle();
+        if let Some(home) = node.core.home.take() {
+            home.put(node);
+        }
+    }
+}
+
+impl fmt::Debug for Bio {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let core = self.core();
+        f.debug_struct("Bio")
+            .field("op", &core.op)
+            .field("flags", &core.flags)
+            .field("sector", &core.sector.raw())
+            .field("len", &core.len.raw())
+            .field("dev", &core.dev.as_ref().map(|dev| dev.name().to_owned()))
+            .finish_non_exhaustive()
+    }
+}

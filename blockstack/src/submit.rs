@@ -1,0 +1,173 @@
+//! Submission: recursion turned into iteration, depth first.
+//!
+//! A device's `submit` may submit further bios, to devices below or (the rest of a split) to
+//! itself. Inside a submission these only go to a list of the thread; the outermost call works the
+//! list off. New bios are sorted: those for other (lower) devices first, then those for the same
+//! device, then what was there before. So stack depth costs no stack, and every bio allocated is
+//! submitted before the next of its kind is needed:
+//!
+//! ```text
+//! submit(A[0..16) on dm1)           list: -
+//!   dm1: front A1 -> disk, rest A' -> dm1       list: A1(disk) A'(dm1)
+//! pop A1: disk takes it             list: A'(dm1)
+//! pop A': dm1 clones, maps -> disk  ...
+//! ```
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::bio::{Bio, BioFlags, Op};
+use crate::device::BlockDevice;
+use crate::error::BlkError;
+
+#[derive(Default)]
+struct Lists {
+    active: bool,
+    /// Submitted by the device that is running now.
+    new: VecDeque<Bio>,
+    /// From before.
+    old: VecDeque<Bio>,
+}
+
+thread_local! {
+    static LISTS: RefCell<Lists> = RefCell::new(Lists::default());
+}
+
+/// Whether the thread is inside a device's `submit`, where nothing may be waited for.
+#[must_use]
+pub fn in_submission() -> bool {
+    LISTS
+        .try_with(|lists| lists.borrow().active)
+        .unwrap_or(false)
+}
+
+/// Hands the thread's parked bios on, so that a wait for `set` cannot wait for them.
+pub(crate) fn make_room(set: &str) {
+    let parked: Vec<Bio> = LISTS.with_borrow_mut(|lists| {
+        let new = std::mem::take(&mut lists.new);
+        let old = std::mem::take(&mut lists.old);
+        new.into_iter().chain(old).collect()
+    });
+    if parked.is_empty() {
+        return;
+    }
+    log::debug!(
+        "bio set {set}: {} parked bios go to a helper thread",
+        parked.len()
+    );
+    crate::rescuer::submit_elsewhere(parked);
+}
+
+/// Sends a bio to the device it names. It ends through its `end_io`, perhaps before this returns.
+pub fn submit_bio(mut bio: Bio) {
+    if let Err(error) = check(&mut bio) {
+        bio.complete(Err(error));
+        return;
+    }
+    let queued = LISTS.with_borrow_mut(|lists| {
+        if lists.active {
+            lists.new.push_back(bio);
+            return None;
+        }
+        lists.active = true;
+        Some(bio)
+    });
+    let Some(mut bio) = queued else { return };
+    let _end = Outermost;
+    loop {
+        let Some(dev) = bio.dev().cloned() else {
+            bio.complete(Err(BlkError::NoDevice));
+            return;
+        };
+        dev.stats().start(&mut bio);
+        dev.submit(bio);
+        let next = LISTS.with_borrow_mut(|lists| {
+            sort_new(lists, &dev);
+            lists.old.pop_front()
+        });
+        match next {
+            Some(next) => bio = next,
+            None => return,
+        }
+    }
+}
+
+/// Lower devices, then the same, then what was there before; the result stands in `old`.
+fn sort_new(lists: &mut Lists, dev: &Arc<dyn BlockDevice>) {
+    if lists.new.is_empty() {
+        return;
+    }
+    let is_same = |bio: &Bio| bio.dev().is_some_and(|other| Arc::ptr_eq(other, dev));
+    // From the back, so that `push_front` keeps the order: first the same device's, then the lower
+    // ones, which so come to stand before them.
+    for pass_same in [true, false] {
+        let count = lists.new.len();
+        for _ in 0..count {
+            let Some(bio) = lists.new.pop_back() else {
+                break;
+            };
+            if is_same(&bio) == pass_same {
+                lists.old.push_front(bio);
+            } else {
+                lists.new.push_front(bio);
+            }
+        }
+    }
+}
+
+/// Ends the outermost submission also when a device panics.
+struct Outermost;
+
+impl Drop for Outermost {
+    fn drop(&mut self) {
+        let left = LISTS.with_borrow_mut(|lists| {
+            lists.active = false;
+            (
+                std::mem::take(&mut lists.new),
+                std::mem::take(&mut lists.old),
+            )
+        });
+        // Empty unless unwinding; dropping a live bio ends it with an error.
+        drop(left);
+    }
+}
+
+fn check(bio: &mut Bio) -> Result<(), BlkError> {
+    let Some(dev) = bio.dev() else {
+        return Err(BlkError::NoDevice);
+    };
+    if bio.op() == Op::Flush {
+        return Ok(());
+    }
+    let limits = dev.limits();
+    if bio.op().is_write() && limits.read_only {
+        log::error!(
+            "{}: write at sector {} refused, read-only",
+            dev.name(),
+            bio.sector()
+        );
+        return Err(BlkError::ReadOnly);
+    }
+    let end = bio.sector().checked_add(bio.len());
+    if end.is_none_or(|end| end.raw() > dev.capacity().raw()) {
+        log::error!(
+            "{}: {:?} of {} sectors at {} beyond the end at {}",
+            dev.name(),
+            bio.op(),
+            bio.len(),
+            bio.sector(),
+            dev.capacity()
+        );
+        return Err(BlkError::OutOfRange);
+    }
+    let block = u64::from(limits.logical_block_size) >> crate::units::SECTOR_SHIFT;
+    if block > 1 && (bio.sector().raw() % block != 0 || bio.len().raw() % block != 0) {
+        return Err(BlkError::Unaligned);
+    }
+    let is_empty_flush = bio.is_empty() && bio.flags().contains(BioFlags::PREFLUSH);
+    if bio.is_empty() && !is_empty_flush {
+        return Err(BlkError::Unaligned);
+    }
+    Ok(())
+}
