@@ -1,1 +1,22 @@
-//! Stub.
+//! ext2, ext3 and ext4 over a block device, journalled, answered through FUSE.
+#![forbid(unsafe_code)]
+
+pub mod alloc;
+pub mod core;
+pub mod dir;
+pub mod error;
+pub mod format;
+pub mod geometry;
+pub mod inode;
+pub mod journal;
+pub mod mount;
+pub mod options;
+pub mod xattr;
+
+pub use crate::core::{Core, Fs};
+pub use error::{FsError, FsResult};
+pub use format::inode::{InodeData, InodeFlags, Timespec};
+pub use geometry::Geometry;
+pub use inode::Inode;
+pub use journal::{Handle, Journal};
+pub use options::MountOptions;

@@ -1,0 +1,166 @@
+//! What all parts of a mounted file system share.
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use blockstack::DynDevice;
+use blockstack::sync::{Mutex, Rank};
+use bufio::Client;
+
+use crate::alloc::Alloc;
+use crate::error::{FsError, FsResult};
+use crate::format::inode::Timespec;
+use crate::geometry::Geometry;
+use crate::journal::Journal;
+use crate::options::{MountOptions, OnError};
+
+/// The first or last error found, as the superblock records it.
+#[derive(Clone, Copy, Debug)]
+pub struct ErrorRecord {
+    /// Structure and field.
+    pub what: &'static str,
+    /// Block, or 0.
+    pub block: u64,
+    /// Inode, or 0.
+    pub ino: u32,
+    /// When.
+    pub time: Timespec,
+}
+
+/// Errors since the mount that the superblock does not have yet.
+#[derive(Debug, Default)]
+pub struct ErrorLog {
+    /// How many.
+    pub count: u32,
+    /// The first.
+    pub first: Option<ErrorRecord>,
+    /// The last.
+    pub last: Option<ErrorRecord>,
+}
+
+/// Geometry, buffers, options and the state of health.
+pub struct Core {
+    /// The shape.
+    pub geo: Geometry,
+    /// Metadata buffers, in blocks of the file system.
+    pub bufs: Arc<Client>,
+    /// The device below.
+    pub dev: DynDevice,
+    /// Mount options.
+    pub opts: MountOptions,
+    /// What an error in metadata does.
+    pub on_error: OnError,
+    /// Set by options, by the device, or by an error.
+    pub read_only: AtomicBool,
+    /// Errors to record.
+    pub errors: Mutex<ErrorLog>,
+}
+
+impl Core {
+    /// Joins the parts.
+    #[must_use]
+    pub fn new(geo: Geometry, bufs: Arc<Client>, opts: MountOptions, on_error: OnError) -> Self {
+        Self {
+            geo,
+            dev: bufs.dev().clone(),
+            bufs,
+            read_only: AtomicBool::new(opts.read_only),
+            opts,
+            on_error,
+            errors: Mutex::new(Rank::Counters, ErrorLog::default()),
+        }
+    }
+
+    /// The time for an inode.
+    #[must_use]
+    pub fn now(&self) -> Timespec {
+        match SystemTime::now().duration_since(UNIX_EPOCH) {
+            Ok(since) => Timespec {
+                sec: since.as_secs() as i64,
+                nsec: since.subsec_nanos(),
+            },
+            Err(before) => Timespec {
+                sec: -(before.duration().as_secs() as i64),
+                nsec: 0,
+            },
+        }
+    }
+
+    /// Notes that the file system is damaged, once in the log and for the superblock, does what
+    /// `errors=` says, and gives the error to return.
+    pub fn corrupt(&self, what: &'static str, block: u64, ino: u32) -> FsError {
+        log::error!("file system damaged: {what}, block {block}, inode {ino}");
+        self.note_error(what, block, ino);
+        FsError::Corrupt { what, block, ino }
+    }
+
+    /// Notes an error for the superblock and does what `errors=` says.
+    pub fn note_error(&self, what: &'static str, block: u64, ino: u32) {
+        let record = ErrorRecord {
+            what,
+            block,
+            ino,
+            time: self.now(),
+        };
+        {
+            let mut errors = self.errors.lock();
+            errors.count = errors.count.saturating_add(1);
+            errors.first.get_or_insert(record);
+            errors.last = Some(record);
+        }
+        match self.on_error {
+            OnError::Continue => {}
+            OnError::RemountRo => self.make_read_only("an error, as errors=remount-ro says"),
+            OnError::Panic => {
+                log::error!("ending the process, as errors=panic says");
+                std::process::abort();
+            }
+        }
+    }
+
+    /// Refuses changes from now on.
+    pub fn make_read_only(&self, why: &str) {
+        if !self.read_only.swap(true, Ordering::AcqRel) {
+            log::error!("file system is read-only from now on: {why}");
+        }
+    }
+
+    /// Whether changes are refused.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Acquire)
+    }
+
+    /// [`FsError::ReadOnly`] where changes are refused.
+    ///
+    /// # Errors
+    /// See above.
+    pub fn check_writable(&self) -> FsResult {
+        if self.is_read_only() {
+            Err(FsError::ReadOnly)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// A mounted file system.
+pub struct Fs {
+    /// What all parts share.
+    pub core: Arc<Core>,
+    /// The journal, or what stands for it.
+    pub journal: Arc<Journal>,
+    /// Blocks and inodes.
+    pub alloc: Arc<Alloc>,
+    /// Inodes in memory.
+    pub inodes: crate::inode::InodeTable,
+}
+
+impl Deref for Fs {
+    type Target = Core;
+    fn deref(&self) -> &Core {
+        &self.core
+    }
+}

@@ -1,0 +1,149 @@
+//! Inodes in memory.
+
+pub mod block_map;
+pub mod extent_tree;
+pub mod map;
+pub mod range;
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use blockstack::sync::{Rank, RwLock};
+use bufio::{Buffer, Validator, no_check};
+use dashmap::DashMap;
+
+use crate::core::{Core, Fs};
+use crate::error::{FsError, FsResult};
+use crate::format::inode::{InodeData, inode_csum_seed, seal_inode, verify_inode};
+use crate::geometry::Geometry;
+use crate::journal::Handle;
+
+/// The root directory.
+pub const ROOT_INO: u32 = 2;
+
+/// An inode in memory.
+pub struct Inode {
+    /// Its number.
+    pub ino: u32,
+    /// What the disk has of it; the lock is the inode's lock.
+    pub data: RwLock<InodeData>,
+    /// Seed of the checksums of the inode and of its blocks.
+    pub csum_seed: u32,
+    /// Checks the inode's extent blocks; made on first need.
+    pub extent_validator: OnceLock<Arc<dyn Validator>>,
+    /// Checks the inode's directory blocks; made on first need.
+    pub dir_validator: OnceLock<Arc<dyn Validator>>,
+    /// References the kernel holds.
+    pub lookups: AtomicU64,
+    /// Transaction of the last change.
+    pub tid: AtomicU32,
+    /// Transaction of the last change that `fdatasync` waits for.
+    pub datasync_tid: AtomicU32,
+}
+
+impl Inode {
+    /// Makes an inode in memory.
+    #[must_use]
+    pub fn new(geo: &Geometry, ino: u32, data: InodeData) -> Arc<Self> {
+        Arc::new(Self {
+            ino,
+            csum_seed: inode_csum_seed(geo.csum_seed, ino, data.generation),
+            data: RwLock::new(Rank::Inode, data),
+            extent_validator: OnceLock::new(),
+            dir_validator: OnceLock::new(),
+            lookups: AtomicU64::new(0),
+            tid: AtomicU32::new(0),
+            datasync_tid: AtomicU32::new(0),
+        })
+    }
+}
+
+/// Inodes in memory by number.
+#[derive(Default)]
+pub struct InodeTable(pub DashMap<u32, Arc<Inode>>);
+
+impl Core {
+    /// Block of a group's inode table, from its descriptor.
+    ///
+    /// # Errors
+    /// A descriptor that cannot be read, or that names blocks outside.
+    pub fn inode_table(&self, group: u32) -> FsResult<u64> {
+        let (block, offset) = self.geo.group_desc_at(group);
+        let buffer = self.bufs.read(block, no_check())?;
+        let data = buffer.data();
+        let low = le32(&data, offset + 8);
+        let high = if self.geo.desc_size >= 64 {
+            le32(&data, offset + 0x28)
+        } else {
+            0
+        };
+        let table = u64::from(low) | u64::from(high) << 32;
+        if !self.geo.blocks_in_fs(table, self.geo.itable_blocks.into()) {
+            return Err(self.corrupt("group descriptor: bg_inode_table", block, 0));
+        }
+        Ok(table)
+    }
+
+    /// The buffer of an inode, and the byte offset in it.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] for a number outside; else as [`Self::inode_table`].
+    pub fn inode_buffer(&self, ino: u32) -> FsResult<(Buffer, usize)> {
+        if ino == 0 || ino > self.geo.inodes_count {
+            return Err(FsError::Stale);
+        }
+        let (group, index) = self.geo.group_of_ino(ino);
+        let byte = u64::from(index) * u64::from(self.geo.inode_size);
+        let block = self.inode_table(group)? + (byte >> self.geo.block_bits);
+        let buffer = self.bufs.read(block, no_check())?;
+        Ok((buffer, (byte & u64::from(self.geo.block_size - 1)) as usize))
+    }
+
+    /// Reads an inode from its table.
+    ///
+    /// # Errors
+    /// A table that cannot be read, a checksum or field that is wrong.
+    pub fn read_inode(&self, ino: u32) -> FsResult<InodeData> {
+        let (buffer, offset) = self.inode_buffer(ino)?;
+        let block = buffer.block();
+        let data = buffer.data();
+        let bytes = &data[offset..offset + usize::from(self.geo.inode_size)];
+        let inode = InodeData::decode(bytes, self.geo.block_bits).map_err(|error| {
+            log::error!("inode {ino}: {error}");
+            self.corrupt("inode: i_extra_isize", block, ino)
+        })?;
+        if self.geo.metadata_csum() && (inode.links > 0 || inode.mode != 0) {
+            let seed = inode_csum_seed(self.geo.csum_seed, ino, inode.generation);
+            verify_inode(seed, bytes).map_err(|error| {
+                log::error!("inode {ino}: {error}");
+                self.corrupt("inode: i_checksum", block, ino)
+            })?;
+        }
+        Ok(inode)
+    }
+}
+
+impl Fs {
+    /// Writes an inode into its table, as part of `handle`'s transaction.
+    ///
+    /// # Errors
+    /// A table that cannot be read; an aborted journal.
+    pub fn write_inode(&self, handle: &Handle, inode: &Inode, data: &InodeData) -> FsResult {
+        let (buffer, offset) = self.inode_buffer(inode.ino)?;
+        let mut block = handle.write(&buffer)?;
+        let bytes = &mut block[offset..offset + usize::from(self.geo.inode_size)];
+        data.encode(bytes, self.geo.block_bits).map_err(|error| {
+            log::error!("inode {}: {error}", inode.ino);
+            FsError::Invalid
+        })?;
+        if self.geo.metadata_csum() {
+            seal_inode(inode.csum_seed, bytes);
+        }
+        inode.tid.store(handle.tid(), Ordering::Release);
+        Ok(())
+    }
+}
+
+fn le32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
