@@ -85,6 +85,15 @@ bitflags::bitflags! {
     }
 }
 
+/// Memory of a bio as a system call sees it; laid out as the system's `iovec`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Part {
+    pub(crate) addr: usize,
+    pub(crate) len: usize,
+}
+const _: () = assert!(size_of::<Part>() == size_of::<libc::iovec>());
+
 /// How a bio ends: called once, without locks, perhaps on a thread that reaps completions, so it
 /// must not wait.
 pub type EndIo = fn(Bio, BlkResult);
@@ -127,19 +136,17 @@ impl Join {
     fn record(&self, res: BlkResult) {
         if let Err(error) = res {
             // First error wins; a later one changes nothing.
-            let _ = self.first_error.compare_exchange(
-                0,
-                error as u8,
-                Ordering::Relaxed,
-                Ordering::Relaxed,
-            );
+            let first = &self.first_error;
+            first
+                .compare_exchange(0, error as u8, Ordering::Relaxed, Ordering::Relaxed)
+                .ok();
         }
     }
 
     /// One piece is over; the last one ends the bio.
     fn put(&self) {
         if self.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let bio = self.parked.lock().take();
+            let bio = self.parked.lock_nested().take();
             let res = match BlkError::from_code(self.first_error.load(Ordering::Relaxed)) {
                 None => Ok(()),
                 Some(error) => Err(error),
@@ -444,13 +451,7 @@ impl Bio {
         if core.split {
             let join = core.join.clone();
             join.record(res);
-            *join.parked.lock() = Some(self);
-            join.put();
-        } else if let Some(join) = core.piece_of.take() {
-            join.record(res);
-            core.life = Life::Ended;
-            // The piece's segments must be gone before the owner can take its memory back.
-            drop(self);
+            *join.parked.lock_nested() = Some(self);
             join.put();
         } else {
             self.end(res);
@@ -461,8 +462,61 @@ impl Bio {
         let core = self.core_mut();
         core.life = Life::Ended;
         core.split = false;
+        // A piece has no owner of its own, also where it was split again on its way down.
+        if let Some(join) = core.piece_of.take() {
+            join.record(res);
+            // The piece's segments must be gone before the owner can take its memory back.
+            drop(self);
+            join.put();
+            return;
+        }
         let end_io = core.end_io;
         end_io(self, res);
+    }
+
+    /// Makes a bio that has ended, or was never submitted, ready for another use by its owner. What
+    /// buffers it still has go back to their pool; the pad stays as it is.
+    ///
+    /// # Panics
+    /// In debug builds, where the bio is on its way.
+    pub fn reset(&mut self, op: Op) {
+        let core = self.core_mut();
+        debug_assert!(
+            core.life == Life::Ended || (core.dev.is_none() && !core.split),
+            "reset of a bio that did not end"
+        );
+        core.op = op;
+        core.flags = BioFlags::empty();
+        core.life = Life::Live;
+        core.split = false;
+        core.sector = Sector::ZERO;
+        core.len = SectorCount::ZERO;
+        core.dev = None;
+        core.end_io = no_end_io;
+        core.segments.clear();
+        core.bufs.clear();
+        core.started = None;
+    }
+
+    /// Names the memory behind byte `skip` of the segments to a system call: addresses and lengths
+    /// of at most `max` parts replace what stands in `out`. The memory stays valid, and belongs to
+    /// the one who executes the bio, until the bio ends.
+    pub(crate) fn parts(&self, mut skip: usize, max: usize, out: &mut Vec<Part>) {
+        out.clear();
+        for segment in self.segments() {
+            if skip >= segment.len() {
+                skip -= segment.len();
+                continue;
+            }
+            if out.len() == max {
+                break;
+            }
+            out.push(Part {
+                addr: segment.as_ptr().wrapping_add(skip).expose_provenance(),
+                len: segment.len() - skip,
+            });
+            skip = 0;
+        }
     }
 
     /// Bytes of its range; zero for a flush.

@@ -24,6 +24,7 @@
 //! | [`buf`] | aligned memory |
 //! | [`bio`], [`bio_set`] | the unit of I/O and its pools |
 //! | [`submit`] | recursion turned into iteration |
+//! | [`plug`] | several bios sent with one system call |
 //! | [`wait`] | bios that a thread waits for |
 //! | [`device`] | the trait, limits, counters |
 //! | [`backend`] | the bottom of a stack |
@@ -39,6 +40,7 @@ pub mod bio_set;
 pub mod buf;
 pub mod device;
 pub mod error;
+pub mod plug;
 mod rescuer;
 pub mod submit;
 pub mod sync;
@@ -50,6 +52,7 @@ pub use bio_set::{BioSet, Wait};
 pub use buf::{Buf, PagePool};
 pub use device::{BlockDevice, DynDevice, Limits};
 pub use error::{BlkError, BlkResult};
+pub use plug::Plug;
 pub use submit::submit_bio;
 pub use units::{Sector, SectorCount};
 pub use wait::{flush_wait, range_wait, read_wait, write_wait};

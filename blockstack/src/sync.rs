@@ -126,7 +126,26 @@ pub fn assert_may_wait() {
             );
         });
         assert!(!crate::submit::in_submission(), "waits inside a submission");
+        assert!(
+            !in_completion_thread() || std::thread::panicking(),
+            "waits in a thread that completes bios"
+        );
     }
+}
+
+thread_local! {
+    static COMPLETES: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Marks the calling thread as one that completes bios: nothing may be awaited there.
+pub fn mark_completion_thread() {
+    COMPLETES.with(|mark| mark.set(true));
+}
+
+/// Whether the calling thread completes bios (`DESIGN` 8, `end_io`).
+#[must_use]
+pub fn in_completion_thread() -> bool {
+    COMPLETES.try_with(Cell::get).unwrap_or(false)
 }
 
 /// Hears of the waits of one thread.
@@ -158,8 +177,10 @@ impl Drop for HookEnd {
     }
 }
 
-/// Runs `wait`, which may sleep, and tells the thread's hook before and after.
+/// Runs `wait`, which may sleep, and tells the thread's hook before and after. What the thread
+/// holds back in a [`Plug`](crate::Plug) is sent first.
 pub fn blocking<R>(wait: impl FnOnce() -> R) -> R {
+    crate::plug::kick();
     let outermost = DEPTH.with(|depth| {
         depth.set(depth.get() + 1);
         depth.get() == 1

@@ -1,3 +1,4 @@
 //! Devices at the bottom of a stack.
 
+pub mod file;
 pub mod mem;

@@ -1,0 +1,299 @@
+//! The engine that hands calls to the system through an `io_uring`.
+//!
+//! Whoever submits a bio queues its first call under the queue lock and enters the ring (unless
+//! plugged). A reaper thread takes completions, queues what a request needs next, and ends bios.
+//! At most `depth` requests are in flight; what comes beyond waits in a list, in order.
+//!
+//! Ownership: a slot holds its bio, and so the memory its call names, from the moment the call is
+//! queued until its completion was reaped. The reaper holds the engine, and leaves only when no
+//! slot is taken.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use io_uring::{IoUring, opcode, squeue, types};
+
+use super::request::{Request, Step, Via};
+use super::{Files, finish};
+use crate::bio::Bio;
+use crate::error::BlkResult;
+use crate::plug::Kick;
+use crate::sync::{Mutex, Rank};
+
+/// `user_data` of the call that tells the reaper to look whether it should stop.
+const WAKE: u64 = u64::MAX;
+/// Places of the descriptors in the ring's table.
+const DIRECT: types::Fixed = types::Fixed(0);
+const CACHED: types::Fixed = types::Fixed(1);
+
+struct State {
+    slots: Vec<Request>,
+    free: Vec<u32>,
+    overflow: VecDeque<Bio>,
+    stop: bool,
+}
+
+/// See the module's documentation.
+pub(super) struct Uring {
+    state: Mutex<State>,
+    ring: IoUring,
+    files: Arc<Files>,
+}
+
+impl Uring {
+    /// Sets a ring up and starts its reaper.
+    pub(super) fn start(
+        files: Arc<Files>,
+        depth: u32,
+    ) -> io::Result<(Arc<Self>, std::thread::JoinHandle<()>)> {
+        // One entry more than slots, for the wake-up call.
+        let ring = IoUring::builder()
+            .dontfork()
+            .build((depth + 1).next_power_of_two())?;
+        let direct = files.fd(Via::Direct);
+        let cached = files.fd(Via::Cached);
+        let fds: [RawFd; 2] = [direct, cached];
+        ring.submitter().register_files(&fds)?;
+        let engine = Arc::new(Self {
+            state: Mutex::new(
+                Rank::Queue,
+                State {
+                    slots: (0..depth).map(|_| Request::default()).collect(),
+                    free: (0..depth).rev().collect(),
+                    overflow: VecDeque::new(),
+                    stop: false,
+                },
+            ),
+            ring,
+            files,
+        });
+        let reaper = engine.clone();
+        let thread = std::thread::Builder::new()
+            .name("blk-reaper".into())
+            .spawn(move || reaper.reap())?;
+        Ok((engine, thread))
+    }
+
+    /// Takes a bio.
+    pub(super) fn submit(self: &Arc<Self>, bio: Bio) {
+        let ended = {
+            let mut state = self.state.lock();
+            match state.free.pop() {
+                None => {
+                    state.overflow.push_back(bio);
+                    return;
+                }
+                Some(slot) => {
+                    state.slots[slot as usize].begin(bio);
+                    self.advance(&mut state, slot)
+                }
+            }
+        };
+        if let Some((bio, res)) = ended {
+            bio.complete(res);
+            return;
+        }
+        if !crate::plug::hold(self) {
+            self.kick();
+        }
+    }
+
+    /// Tells the reaper to leave once nothing is in flight.
+    pub(super) fn stop(&self) {
+        let mut state = self.state.lock_nested();
+        state.stop = true;
+        self.push(&opcode::Nop::new().build().user_data(WAKE));
+        drop(state);
+        self.kick();
+        // The table's references would keep the files open until the ring's memory is gone, which
+        // the system frees at its leisure.
+    }
+
+    /// Gives the descriptors up; after the reaper has left.
+    pub(super) fn release_files(&self) {
+        if let Err(error) = self.ring.submitter().unregister_files() {
+            log::debug!("{}: unregister: {error}", self.files.name);
+        }
+    }
+
+    /// Queues the next call of the request in `slot`, or frees the slot and gives bio and result.
+    fn advance(&self, state: &mut State, slot: u32) -> Option<(Bio, BlkResult)> {
+        let request = &mut state.slots[slot as usize];
+        let step = request.step(&self.files.caps);
+        let entry = match step {
+            Step::End(res) => {
+                let bio = request.take();
+                state.free.push(slot);
+                return bio.map(|bio| (bio, res));
+            }
+            Step::Sync => opcode::Fsync::new(CACHED)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
+            Step::Allocate { mode, offset, len } => opcode::Fallocate::new(CACHED, len)
+                .offset(offset)
+                .mode(mode)
+                .build(),
+            Step::Read { via, offset } => match request.parts.as_slice() {
+                [part] => {
+                    // `limit` keeps a part far below 4 GiB.
+                    let addr = std::ptr::with_exposed_provenance_mut(part.addr);
+                    opcode::Read::new(fixed(via), addr, part.len as u32)
+                        .offset(offset)
+                        .build()
+                }
+                parts => opcode::Readv::new(fixed(via), parts.as_ptr().cast(), parts.len() as u32)
+                    .offset(offset)
+                    .build(),
+            },
+            Step::Write { via, offset, dsync } => {
+                let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+                match request.parts.as_slice() {
+                    [part] => {
+                        let addr = std::ptr::with_exposed_provenance(part.addr);
+                        opcode::Write::new(fixed(via), addr, part.len as u32)
+                            .offset(offset)
+                            .rw_flags(flags)
+                            .build()
+                    }
+                    parts => {
+                        opcode::Writev::new(fixed(via), parts.as_ptr().cast(), parts.len() as u32)
+                            .offset(offset)
+                            .rw_flags(flags)
+                            .build()
+                    }
+                }
+            }
+        };
+        self.push(&entry.user_data(u64::from(slot)));
+        None
+    }
+
+    /// Queues a call; the caller holds the queue lock.
+    fn push(&self, entry: &squeue::Entry) {
+        loop {
+            // SAFETY: all users of the submission queue hold the lock on `state`, so this is the
+            // only one; and what the entry names (the bio's memory, the slot's parts) stays until
+            // its completion was reaped, because the slot is not freed before.
+            #[expect(unsafe_code, reason = "the ring is shared under our own lock")]
+            let pushed = unsafe { self.ring.submission_shared().push(entry) };
+            match pushed {
+                Ok(()) => return,
+                // A slot has one call at most and the ring has more entries than slots, so it is
+                // full only of calls that were not entered yet.
+                Err(_full) => self.kick(),
+            }
+        }
+    }
+
+    fn reap(&self) {
+        crate::sync::mark_completion_thread();
+        let mut ended: Vec<(Bio, BlkResult)> = Vec::with_capacity(64);
+        loop {
+            self.wait();
+            let mut queued = false;
+            let leave = {
+                let mut state = self.state.lock();
+                // SAFETY: only the reaper touches the completion queue.
+                #[expect(unsafe_code, reason = "the ring is shared, this end is the reaper's")]
+                let completions = unsafe { self.ring.completion_shared() };
+                for completion in completions {
+                    let Ok(slot) = u32::try_from(completion.user_data()) else {
+                        continue;
+                    };
+                    let res = i64::from(completion.result());
+                    queued |= self.completed(&mut state, slot, res, &mut ended);
+                }
+                state.stop && state.free.len() == state.slots.len() && state.overflow.is_empty()
+            };
+            if queued {
+                self.kick();
+            }
+            for (bio, res) in ended.drain(..) {
+                finish(bio, res);
+            }
+            if leave {
+                return;
+            }
+        }
+    }
+
+    /// One completion; says whether calls were queued.
+    fn completed(
+        &self,
+        state: &mut State,
+        slot: u32,
+        res: i64,
+        ended: &mut Vec<(Bio, BlkResult)>,
+    ) -> bool {
+        let request = &mut state.slots[slot as usize];
+        match request.result(res, &self.files.caps, &self.files.name) {
+            Ok(()) => match self.advance(state, slot) {
+                None => return true,
+                Some(over) => ended.push(over),
+            },
+            Err(error) => {
+                if let Some(bio) = request.take() {
+                    ended.push((bio, Err(error)));
+                }
+                state.free.push(slot);
+            }
+        }
+        let mut queued = false;
+        while let Some(bio) = state.overflow.pop_front() {
+            let Some(slot) = state.free.pop() else {
+                state.overflow.push_front(bio);
+                break;
+            };
+            state.slots[slot as usize].begin(bio);
+            match self.advance(state, slot) {
+                None => queued = true,
+                Some(over) => ended.push(over),
+            }
+        }
+        queued
+    }
+
+    /// Sleeps until there is a completion.
+    fn wait(&self) {
+        if let Err(error) = self.ring.submit_and_wait(1) {
+            self.trouble(&error);
+        }
+    }
+
+    fn trouble(&self, error: &io::Error) {
+        match error.raw_os_error() {
+            Some(libc::EINTR) => {}
+            // Short of memory or of room for completions: the reaper makes room.
+            Some(libc::EAGAIN | libc::EBUSY) => std::thread::sleep(Duration::from_millis(1)),
+            _ => {
+                log::error!("{}: io_uring_enter: {error}", self.files.name);
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+}
+
+impl Kick for Uring {
+    fn kick(&self) {
+        loop {
+            match self.ring.submit() {
+                Ok(_) => return,
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                Err(error) => {
+                    // The reaper's next wait enters what is queued; wake it where it sleeps.
+                    self.trouble(&error);
+                }
+            }
+        }
+    }
+}
+
+fn fixed(via: Via) -> types::Fixed {
+    match via {
+        Via::Direct => DIRECT,
+        Via::Cached => CACHED,
+    }
+}
