@@ -221,6 +221,16 @@ impl<P: Pad + Default> Node<P> {
 pub struct Bio(Option<Box<Node<dyn Pad>>>);
 
 impl Bio {
+    /// A bio that belongs to no pool; it must be [reset](Self::reset) before use.
+    pub(crate) fn without_home(node: Box<Node<dyn Pad>>) -> Self {
+        Self(Some(node))
+    }
+
+    /// Whether it belongs to no pool.
+    pub(crate) fn is_own(&self) -> bool {
+        self.core().home.is_none()
+    }
+
     pub(crate) fn from_node(mut node: Box<Node<dyn Pad>>, op: Op, home: Arc<dyn Home>) -> Self {
         node.core.op = op;
         node.core.life = Life::Live;
@@ -532,7 +542,7 @@ impl Drop for Bio {
             return;
         };
         if node.core.life == Life::Live {
-            if node.core.dev.is_some() {
+            if node.core.dev.is_some() || node.core.split {
                 let name = node.core.dev.as_ref().map(|dev| dev.name().to_owned());
                 log::error!(
                     "bio dropped before it ended: {:?} of {} sectors at {} on {}",

@@ -114,6 +114,13 @@ impl<P: Pad + Default> BioSet<P> {
         }
     }
 
+    /// Makes a bio like those of the set that does not belong to it: its owner keeps it, resets it
+    /// before each use, and frees it by a drop.
+    #[must_use]
+    pub fn alloc_own(&self) -> Bio {
+        Bio::without_home(Node::<P>::new())
+    }
+
     /// Bios handed out and not yet back.
     #[must_use]
     pub fn in_use(&self) -> usize {

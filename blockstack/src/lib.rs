@@ -26,6 +26,8 @@
 //! | [`submit`] | recursion turned into iteration |
 //! | [`plug`] | several bios sent with one system call |
 //! | [`wait`] | bios that a thread waits for |
+//! | [`direct_io`] | mappings in, bios out |
+//! | [`workqueue`] | threads for what must not be done where it comes up |
 //! | [`device`] | the trait, limits, counters |
 //! | [`backend`] | the bottom of a stack |
 //!
@@ -39,6 +41,7 @@ pub mod bio;
 pub mod bio_set;
 pub mod buf;
 pub mod device;
+pub mod direct_io;
 pub mod error;
 pub mod plug;
 mod rescuer;
@@ -46,13 +49,16 @@ pub mod submit;
 pub mod sync;
 pub mod units;
 pub mod wait;
+pub mod workqueue;
 
 pub use bio::{Bio, BioFlags, Op};
 pub use bio_set::{BioSet, Wait};
 pub use buf::{Buf, PagePool};
 pub use device::{BlockDevice, DynDevice, Limits};
+pub use direct_io::{Dio, DioConfig, DioDone, DirectIo, Extent, Mapping};
 pub use error::{BlkError, BlkResult};
 pub use plug::Plug;
 pub use submit::submit_bio;
 pub use units::{Sector, SectorCount};
 pub use wait::{flush_wait, range_wait, read_wait, write_wait};
+pub use workqueue::{OnceWorkqueue, Workqueue};

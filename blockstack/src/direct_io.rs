@@ -1,0 +1,513 @@
+//! Reads and writes of file data: mappings in, bios out.
+//!
+//! A file system maps a range of a file to [`Extent`]s and hands them in with one [`Buf`]; holes
+//! are read as zeros, everything else goes to the device by bios that share the buffer, and when
+//! the last has ended the request's [`DioDone`] gets buffer and result, once. The first error wins.
+//!
+//! A [`DirectIo`] belongs to a mount, a [`Dio`] to an open file or inode. Each `Dio` keeps one bio
+//! of its own, so that a request at a time needs nothing from the mount's pool: others that hold
+//! all of the pool, because their device is frozen, cannot stop it. Extents beyond the first take
+//! pieces from the mount's second pool, one at a time, each submitted before the next is taken.
+//!
+//! # Deferred ends
+//!
+//! A write into new or unwritten blocks ends with metadata, which must wait for locks and the
+//! journal, while bios end where nothing may be awaited. So the end of such a write is handed to
+//! the mount's `dio_done` queue, made on first need. The order is always: [`DioDone::end_io`], then
+//! the count of requests in flight, then [`DioDone::done`]. Whoever waits with [`Dio::wait_idle`]
+//! so finds the metadata changed, and whoever gets the answer finds the request gone.
+//!
+//! Nothing is allocated for a request after warm-up: what it needs lies in the pad of its bio.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::bio::{Bio, BioFlags, Op};
+use crate::bio_set::{BioSet, Wait};
+use crate::buf::Buf;
+use crate::device::DynDevice;
+use crate::error::{BlkError, BlkResult};
+use crate::plug::Plug;
+use crate::submit::submit_bio;
+use crate::sync::{Condvar, Mutex, Rank, assert_may_wait};
+use crate::units::{SECTOR_SIZE, Sector, SectorCount};
+use crate::workqueue::{OnceWorkqueue, Workqueue};
+
+/// What stands behind a part of a file.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Mapping {
+    /// Nothing; reads as zeros, cannot be written.
+    Hole,
+    /// Blocks never written; read as zeros, the end of a write is deferred.
+    Unwritten,
+    /// Blocks with data.
+    Mapped,
+    /// Blocks just allocated; as unwritten ones.
+    New,
+}
+
+/// A part of a file and where it is on the device.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Extent {
+    /// What stands there.
+    pub kind: Mapping,
+    /// Where it begins; without meaning for a hole.
+    pub sector: Sector,
+    /// Its length.
+    pub len: SectorCount,
+}
+
+/// How a request ends.
+pub trait DioDone: Send + 'static {
+    /// The file system's part, before the request counts as over: it may change the result. Where
+    /// the end is deferred, it may wait for anything; else for nothing.
+    ///
+    /// # Errors
+    /// Those of `res`, or its own.
+    fn end_io(&mut self, res: BlkResult<usize>) -> BlkResult<usize> {
+        res
+    }
+
+    /// Whether [`Self::end_io`] or [`Self::done`] has to wait, whatever blocks are written.
+    fn must_wait(&self) -> bool {
+        false
+    }
+
+    /// The answer: the buffer comes back, and the bytes read or written, or the first error. May be
+    /// called before the request's `read` or `write` returned.
+    fn done(self, buf: Buf, res: BlkResult<usize>);
+}
+
+impl<F: FnOnce(Buf, BlkResult<usize>) + Send + 'static> DioDone for F {
+    fn done(self, buf: Buf, res: BlkResult<usize>) {
+        self(buf, res);
+    }
+}
+
+/// Sizes of a mount's pools.
+#[derive(Clone, Copy, Debug)]
+pub struct DioConfig {
+    /// Requests in flight beyond the one that each open file can always have.
+    pub requests: usize,
+    /// Pieces in flight of requests with several extents.
+    pub pieces: usize,
+    /// Deferred ends at a time.
+    pub workers: usize,
+}
+
+impl Default for DioConfig {
+    fn default() -> Self {
+        Self {
+            requests: 256,
+            pieces: 256,
+            workers: 4,
+        }
+    }
+}
+
+struct Mount<D: DioDone> {
+    name: String,
+    dev: DynDevice,
+    config: DioConfig,
+    requests: BioSet<DioPad<D>>,
+    pieces: BioSet<()>,
+    done_queue: OnceWorkqueue<Ended<D>>,
+}
+
+/// The engine of a mount; clones share it.
+pub struct DirectIo<D: DioDone>(Arc<Mount<D>>);
+
+impl<D: DioDone> Clone for DirectIo<D> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<D: DioDone> DirectIo<D> {
+    /// Makes the engine for the mount `name` on `dev`.
+    #[must_use]
+    pub fn new(name: &str, dev: DynDevice, config: DioConfig) -> Self {
+        Self(Arc::new(Mount {
+            name: name.to_owned(),
+            dev,
+            config,
+            requests: BioSet::new("dio", config.requests),
+            pieces: BioSet::new("dio pieces", config.pieces),
+            done_queue: OnceWorkqueue::new(),
+        }))
+    }
+
+    /// Makes the control block of an open file or inode.
+    #[must_use]
+    pub fn open(&self) -> Dio<D> {
+        Dio(Arc::new(File {
+            mount: self.0.clone(),
+            own: Mutex::new(Rank::Pool, Some(self.0.requests.alloc_own())),
+            in_flight: AtomicUsize::new(0),
+            lock: Mutex::new(Rank::Pool, ()),
+            idle: Condvar::new(),
+        }))
+    }
+
+    /// Waits until no deferred end is waiting or running; before an unmount, when all files are
+    /// [idle](Dio::wait_idle).
+    pub fn drain(&self) {
+        if let Some(queue) = self.0.done_queue.get() {
+            queue.drain();
+        }
+    }
+}
+
+impl<D: DioDone> fmt::Debug for DirectIo<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DirectIo")
+            .field("name", &self.0.name)
+            .finish_non_exhaustive()
+    }
+}
+
+struct File<D: DioDone> {
+    mount: Arc<Mount<D>>,
+    /// The bio that only this file uses.
+    own: Mutex<Option<Bio>>,
+    in_flight: AtomicUsize,
+    lock: Mutex<()>,
+    idle: Condvar,
+}
+
+/// The control block of an open file or inode; clones share it.
+pub struct Dio<D: DioDone>(Arc<File<D>>);
+
+impl<D: DioDone> Clone for Dio<D> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+/// A request, in the pad of its bio.
+struct Request<D: DioDone> {
+    file: Arc<File<D>>,
+    bytes: usize,
+    end: End<D>,
+}
+
+enum End<D> {
+    Here(D),
+    Deferred(D),
+    Wake(Arc<Waiter>),
+}
+
+struct DioPad<D: DioDone>(Option<Request<D>>);
+
+impl<D: DioDone> Default for DioPad<D> {
+    fn default() -> Self {
+        Self(None)
+    }
+}
+
+/// A request whose bios are over.
+struct Ended<D: DioDone> {
+    file: Arc<File<D>>,
+    buf: Buf,
+    res: BlkResult<usize>,
+    done: D,
+}
+
+struct Waiter {
+    over: Mutex<Option<(Buf, BlkResult<usize>)>>,
+    woken: Condvar,
+}
+
+thread_local! {
+    // A thread waits for one request at a time; the waiter is used again.
+    static WAITER: Arc<Waiter> = Arc::new(Waiter {
+        over: Mutex::new(Rank::Pool, None),
+        woken: Condvar::new(),
+    });
+}
+
+impl<D: DioDone> Dio<D> {
+    /// Reads the extents, which together are as long as `buf`, into it. Where all bios the file and
+    /// its mount may have are in flight, waits for one.
+    pub fn read(&self, extents: &[Extent], mut buf: Buf, done: D) {
+        let end = if done.must_wait() {
+            End::Deferred(done)
+        } else {
+            End::Here(done)
+        };
+        zero_holes(extents, &mut buf);
+        self.start(Op::Read, extents, buf, BioFlags::empty(), end);
+    }
+
+    /// Writes `buf` to the extents, which together are as long.
+    pub fn write(&self, extents: &[Extent], buf: Buf, flags: BioFlags, done: D) {
+        let end = if done.must_wait() || extents.iter().any(is_new) {
+            End::Deferred(done)
+        } else {
+            End::Here(done)
+        };
+        self.start(Op::Write, extents, buf, flags, end);
+    }
+
+    /// Reads as [`Self::read`] and waits for the end.
+    pub fn read_wait(&self, extents: &[Extent], mut buf: Buf) -> (Option<Buf>, BlkResult<usize>) {
+        zero_holes(extents, &mut buf);
+        self.start_and_wait(Op::Read, extents, buf, BioFlags::SYNC)
+    }
+
+    /// Writes as [`Self::write`] and waits for the end of the bios; what a deferred end would do is
+    /// the caller's.
+    pub fn write_wait(
+        &self,
+        extents: &[Extent],
+        buf: Buf,
+        flags: BioFlags,
+    ) -> (Option<Buf>, BlkResult<usize>) {
+        self.start_and_wait(Op::Write, extents, buf, flags | BioFlags::SYNC)
+    }
+
+    /// Requests in flight, deferred ends included.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.0.in_flight.load(Ordering::Acquire)
+    }
+
+    /// Waits until no request is in flight. New ones must be kept away by the caller.
+    pub fn wait_idle(&self) {
+        if self.in_flight() == 0 {
+            return;
+        }
+        assert_may_wait();
+        let mut lock = self.0.lock.lock_nested();
+        while self.in_flight() > 0 {
+            self.0.idle.wait(&mut lock);
+        }
+    }
+
+    fn start_and_wait(
+        &self,
+        op: Op,
+        extents: &[Extent],
+        buf: Buf,
+        flags: BioFlags,
+    ) -> (Option<Buf>, BlkResult<usize>) {
+        assert_may_wait();
+        let waiter = WAITER.with(Arc::clone);
+        self.start(op, extents, buf, flags, End::Wake(waiter.clone()));
+        let mut over = waiter.over.lock_nested();
+        loop {
+            if let Some((buf, res)) = over.take() {
+                return (Some(buf), res);
+            }
+            waiter.woken.wait(&mut over);
+        }
+    }
+
+    fn start(&self, op: Op, extents: &[Extent], buf: Buf, flags: BioFlags, end: End<D>) {
+        let file = &self.0;
+        file.in_flight.fetch_add(1, Ordering::AcqRel);
+        let bytes = buf.len();
+        let checked = check(op, extents, bytes).and_then(|()| file.prepare(&end));
+        let mut bio = file.take_bio(op);
+        bio.set_flags(flags);
+        bio.set_end_io(end_io::<D>);
+        bio.pad_mut::<DioPad<D>>().0 = Some(Request {
+            file: file.clone(),
+            bytes,
+            end,
+        });
+        // `check` refuses a length that is no multiple of 512 before this could.
+        let pushed = bio.push(buf);
+        if let Err(error) = checked {
+            drop(pushed);
+            bio.complete(Err(error));
+            return;
+        }
+        send(&file.mount, extents, bio);
+    }
+}
+
+fn is_new(extent: &Extent) -> bool {
+    matches!(extent.kind, Mapping::New | Mapping::Unwritten)
+}
+
+fn reads_as_zeros(extent: &Extent) -> bool {
+    extent.kind != Mapping::Mapped
+}
+
+fn zero_holes(extents: &[Extent], buf: &mut Buf) {
+    let mut at = 0usize;
+    for extent in extents {
+        let len = (extent.len.raw() as usize).saturating_mul(SECTOR_SIZE);
+        let end = at.saturating_add(len).min(buf.len());
+        if reads_as_zeros(extent) {
+            buf[at..end].fill(0);
+        }
+        at = end;
+    }
+}
+
+fn check(op: Op, extents: &[Extent], bytes: usize) -> BlkResult {
+    let mut sectors = 0u64;
+    for extent in extents {
+        if extent.len == SectorCount::ZERO || (op == Op::Write && extent.kind == Mapping::Hole) {
+            return Err(BlkError::Unaligned);
+        }
+        sectors = sectors.saturating_add(extent.len.raw());
+    }
+    if sectors.checked_mul(SECTOR_SIZE as u64) != Some(bytes as u64) {
+        return Err(BlkError::Unaligned);
+    }
+    Ok(())
+}
+
+/// Sends the parts of `bio` to where the extents say; the bio itself is the last.
+fn send<D: DioDone>(mount: &Mount<D>, extents: &[Extent], mut bio: Bio) {
+    let op = bio.op();
+    let max = u64::from(mount.dev.limits().max_sectors.max(1));
+    let _plug = Plug::new();
+    let mut left = bio.len().raw();
+    for extent in extents {
+        let to_device = op == Op::Write || !reads_as_zeros(extent);
+        let mut sector = extent.sector.raw();
+        let mut rest = extent.len.raw();
+        while rest > 0 {
+            let len = if to_device { rest.min(max) } else { rest };
+            rest -= len;
+            left -= len;
+            if left == 0 {
+                go(mount, to_device, Sector::new(sector), bio);
+                return;
+            }
+            match bio.split(SectorCount::new(len), &mount.pieces, Wait::Yes) {
+                Some(piece) => go(mount, to_device, Sector::new(sector), piece),
+                None => {
+                    bio.complete(Err(BlkError::NoMemory));
+                    return;
+                }
+            }
+            sector = sector.saturating_add(len);
+        }
+    }
+    // Not reached: `check` saw that the extents are as long as the bio.
+    bio.complete(Err(BlkError::Unaligned));
+}
+
+fn go<D: DioDone>(mount: &Mount<D>, to_device: bool, sector: Sector, mut bio: Bio) {
+    if to_device {
+        bio.set_dev(mount.dev.clone(), sector);
+        submit_bio(bio);
+    } else {
+        bio.complete(Ok(()));
+    }
+}
+
+fn end_io<D: DioDone>(mut bio: Bio, res: BlkResult) {
+    let request = bio.pad_mut::<DioPad<D>>().0.take();
+    let buf = bio.take_buf();
+    let (Some(request), Some(buf)) = (request, buf) else {
+        log::error!("a direct I/O bio ended without its request");
+        return;
+    };
+    let Request { file, bytes, end } = request;
+    file.put_bio(bio);
+    let res = res.map(|()| bytes);
+    match end {
+        End::Here(done) => Ended {
+            file,
+            buf,
+            res,
+            done,
+        }
+        .finish(),
+        End::Deferred(done) => {
+            let ended = Ended {
+                file: file.clone(),
+                buf,
+                res,
+                done,
+            };
+            match file.mount.done_queue.get() {
+                Some(queue) => queue.queue(ended),
+                // Made before the request was sent.
+                None => ended.finish(),
+            }
+        }
+        End::Wake(waiter) => {
+            file.over();
+            *waiter.over.lock_nested() = Some((buf, res));
+            waiter.woken.notify_one();
+        }
+    }
+}
+
+impl<D: DioDone> Ended<D> {
+    fn finish(mut self) {
+        let res = self.done.end_io(self.res);
+        self.file.over();
+        self.done.done(self.buf, res);
+    }
+}
+
+impl<D: DioDone> File<D> {
+    /// Sees that the queue is there before a request needs it.
+    fn prepare(&self, end: &End<D>) -> BlkResult {
+        if !matches!(end, End::Deferred(_)) {
+            return Ok(());
+        }
+        let mount = &self.mount;
+        let make = || {
+            let name = format!("dio/{}", mount.name);
+            Workqueue::new(&name, mount.config.workers, Ended::finish)
+        };
+        match mount.done_queue.get_or_make(make) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                log::error!("dio/{}: no queue: {error}", mount.name);
+                Err(BlkError::NoMemory)
+            }
+        }
+    }
+
+    fn take_bio(&self, op: Op) -> Bio {
+        if let Some(mut bio) = self.own.lock_nested().take() {
+            bio.reset(op);
+            return bio;
+        }
+        match self.mount.requests.alloc(op, Wait::Yes) {
+            Some(bio) => bio,
+            // Not reached: an allocation that waits gives a bio.
+            None => {
+                let mut bio = self.mount.requests.alloc_own();
+                bio.reset(op);
+                bio
+            }
+        }
+    }
+
+    fn put_bio(&self, bio: Bio) {
+        if bio.is_own() {
+            *self.own.lock_nested() = Some(bio);
+        }
+    }
+
+    /// The request is over.
+    fn over(&self) {
+        if self.in_flight.fetch_sub(1, Ordering::AcqRel) == 1 {
+            drop(self.lock.lock_nested());
+            self.idle.notify_all();
+        }
+    }
+}
+
+impl<D: DioDone> fmt::Debug for Dio<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dio")
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;
