@@ -31,6 +31,10 @@
 //! | [`device`] | the trait, limits, counters |
 //! | [`backend`] | the bottom of a stack |
 //!
+//!
+//! With the feature `test-utils`, `testing` holds devices that fail, lose power, or tell what they
+//! see.
+//!
 //! # Locking
 //!
 //! Ranks stand in [`sync::Rank`]. This crate itself takes only `Queue` and `Pool` locks.
@@ -47,6 +51,8 @@ pub mod plug;
 mod rescuer;
 pub mod submit;
 pub mod sync;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
 pub mod units;
 pub mod wait;
 pub mod workqueue;

@@ -2,16 +2,19 @@
 
 use std::sync::Arc;
 
+pub use super::image::Image;
 use crate::bio::{Bio, Op};
 use crate::device::{BlockDevice, Limits, Stats};
 use crate::error::BlkResult;
 use crate::sync::{Rank, RwLock};
-use crate::units::{SECTOR_SIZE, Sector, SectorCount};
+use crate::units::{SECTOR_SIZE, SectorCount};
 
-/// A disk in memory; completes each bio before `submit` returns.
+/// A disk in memory; completes each bio before `submit` returns. What was never written costs no
+/// memory.
 pub struct MemDisk {
     name: String,
-    bytes: RwLock<Vec<u8>>,
+    size: SectorCount,
+    bytes: RwLock<Image>,
     stats: Stats,
 }
 
@@ -19,48 +22,61 @@ impl MemDisk {
     /// Makes a disk of zeros.
     #[must_use]
     pub fn new(name: &str, size: SectorCount) -> Arc<Self> {
-        Self::from_bytes(name, vec![0; size.raw() as usize * SECTOR_SIZE])
+        Self::from_image(name, Image::zeroed(size))
     }
 
     /// Makes a disk with the given content, cut to whole sectors.
     #[must_use]
-    pub fn from_bytes(name: &str, mut bytes: Vec<u8>) -> Arc<Self> {
-        bytes.truncate(bytes.len() / SECTOR_SIZE * SECTOR_SIZE);
+    pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Arc<Self> {
+        Self::from_image(name, Image::from_bytes(&bytes))
+    }
+
+    /// Makes a disk with the given content.
+    #[must_use]
+    pub fn from_image(name: &str, image: Image) -> Arc<Self> {
         Arc::new(Self {
             name: name.to_owned(),
-            bytes: RwLock::new(Rank::Queue, bytes),
+            size: image.size(),
+            bytes: RwLock::new(Rank::Queue, image),
             stats: Stats::default(),
         })
     }
 
-    /// A copy of the whole content.
+    /// A copy of the whole content, byte for byte.
     #[must_use]
     pub fn snapshot(&self) -> Vec<u8> {
-        self.bytes.read().clone()
+        self.bytes.read_nested().to_vec()
+    }
+
+    /// A copy of the whole content that shares memory with the disk.
+    #[must_use]
+    pub fn image(&self) -> Image {
+        self.bytes.read_nested().clone()
+    }
+
+    /// Puts other content, of the same size, in the place of all there is.
+    ///
+    /// # Panics
+    /// Where the size is another.
+    pub fn restore(&self, image: Image) {
+        assert_eq!(image.size(), self.size, "an image of another size");
+        *self.bytes.write_nested() = image;
     }
 
     fn run(&self, bio: &mut Bio) -> BlkResult {
-        let start = |sector: Sector| sector.raw() as usize * SECTOR_SIZE;
-        let at = start(bio.sector());
+        let at = bio.sector().raw() as usize * SECTOR_SIZE;
         match bio.op() {
             Op::Read => {
                 let bytes = self.bytes.read_nested();
-                bio.fill_each(|offset, segment| {
-                    let from = at + offset;
-                    segment.copy_from_slice(&bytes[from..from + segment.len()]);
-                });
+                bio.fill_each(|offset, segment| bytes.read_at(at + offset, segment));
             }
             Op::Write => {
                 let mut bytes = self.bytes.write_nested();
-                bio.for_each_bytes(|offset, segment| {
-                    let to = at + offset;
-                    bytes[to..to + segment.len()].copy_from_slice(segment);
-                });
+                bio.for_each_bytes(|offset, segment| bytes.write_at(at + offset, segment));
             }
             Op::Flush => {}
             Op::Discard | Op::WriteZeroes => {
-                let len = bio.byte_len();
-                self.bytes.write_nested()[at..at + len].fill(0);
+                self.bytes.write_nested().zero_at(at, bio.byte_len());
             }
         }
         Ok(())
@@ -73,7 +89,7 @@ impl BlockDevice for MemDisk {
     }
 
     fn capacity(&self) -> SectorCount {
-        SectorCount::new((self.bytes.read_nested().len() / SECTOR_SIZE) as u64)
+        self.size
     }
 
     fn limits(&self) -> Limits {
