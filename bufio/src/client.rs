@@ -1,189 +1,204 @@
 //! A client: the cache of one device.
 
+use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use blockstack::sync::Rank;
-use blockstack::{
-    BioFlags, BlkError, DynDevice, Op, PagePool, Sector, SectorCount, flush_wait, range_wait,
-    read_wait, write_wait,
-};
-use dashmap::DashMap;
-use parking_lot::RwLock;
+use blockstack::sync::{Mutex, Rank, blocking};
+use blockstack::{BlkError, DynDevice, Op, PagePool, SectorCount, flush_wait, range_wait};
 
 use crate::buffer::{Buffer, Inner};
+use crate::cache::Cache;
 use crate::error::BufError;
+use crate::state::Phase;
 use crate::validator::Validator;
+use crate::writeback::{Origin, Request};
 
 /// How a client is made.
 #[derive(Clone, Copy, Debug)]
 pub struct ClientConfig {
     /// Bytes in a block: a power of two, 512 to 65536.
     pub block_size: u32,
-    /// Bytes of content the cache aims to stay under.
+    /// Bytes of content the cache aims to stay under. It grows past them while all is held, pinned
+    /// or dirty.
     pub cache_bytes: usize,
-    /// Rank of the client's locks.
+    /// Where the client stands in the order of locks: its calls may be made under locks of lower
+    /// ranks only.
     pub rank: Rank,
     /// Age at which a dirty buffer is written in the background.
     pub writeback_age: Duration,
-    /// Whether the hold contract of dm-bufio is asserted: one buffer a thread.
+    /// Whether the hold contract of dm-bufio is kept: one buffer a thread, and one thread with as
+    /// many as are reserved. Debug builds panic on a breach; in return a read waits for memory
+    /// rather than fail.
     pub strict_holds: bool,
+}
+
+/// Counters of a client.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct ClientStats {
+    /// Reads and gets served from the cache.
+    pub hits: u64,
+    /// Reads that were not.
+    pub misses: u64,
+    /// Buffers in the cache.
+    pub buffers: usize,
+    /// Buffers newer than the disk.
+    pub dirty: usize,
+    /// Buffers with a pin.
+    pub pinned: usize,
+    /// Blocks sent to the disk so far.
+    pub written: u64,
 }
 
 /// See the crate's documentation.
 pub struct Client {
-    dev: DynDevice,
-    config: ClientConfig,
-    buffers: DashMap<u64, Buffer>,
-    failed: AtomicBool,
+    cache: Arc<Cache>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Client {
-    /// Makes a client of `dev`.
+    /// Makes a client of `dev` with memory of the shared pool and one buffer in reserve.
     ///
     /// # Errors
-    /// [`BlkError::Unaligned`] for a block size that is none.
+    /// [`BlkError::Unaligned`] for a block size that is none, or below the device's;
+    /// [`BlkError::NoMemory`].
     pub fn new(dev: DynDevice, config: ClientConfig) -> Result<Arc<Self>, BufError> {
-        if !config.block_size.is_power_of_two() || !(512..=65536).contains(&config.block_size) {
-            return Err(BlkError::Unaligned.into());
-        }
+        Self::with_reserve(dev, config, PagePool::shared().clone(), 1)
+    }
+
+    /// As [`Self::new`], with memory of `pool`, where `reserved` buffers are kept back.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_reserve(
+        dev: DynDevice,
+        config: ClientConfig,
+        pool: PagePool,
+        reserved: usize,
+    ) -> Result<Arc<Self>, BufError> {
+        let cache = Cache::new(dev, config, pool, reserved)?;
+        let weak = Arc::downgrade(&cache);
+        let thread = std::thread::Builder::new()
+            .name("bufio-writeback".into())
+            .spawn(move || Cache::writeback_loop(&weak))
+            .map_err(|error| {
+                log::error!("cannot start the writeback thread: {error}");
+                BlkError::NoMemory
+            })?;
         Ok(Arc::new(Self {
-            dev,
-            config,
-            buffers: DashMap::new(),
-            failed: AtomicBool::new(false),
+            cache,
+            thread: Mutex::new(Rank::Pool, Some(thread)),
         }))
     }
 
     /// Bytes in a block.
     #[must_use]
     pub fn block_size(&self) -> u32 {
-        self.config.block_size
+        self.cache.config.block_size
+    }
+
+    /// Whole blocks on the device.
+    #[must_use]
+    pub fn blocks(&self) -> u64 {
+        self.cache.blocks
     }
 
     /// The device below.
     #[must_use]
     pub fn dev(&self) -> &DynDevice {
-        &self.dev
+        &self.cache.dev
     }
 
-    fn sector(&self, block: u64) -> Result<Sector, BufError> {
-        let bytes = block.checked_mul(u64::from(self.config.block_size));
-        bytes
-            .and_then(Sector::from_bytes)
-            .ok_or(BufError::Blk(BlkError::OutOfRange))
-    }
-
-    /// Gives the buffer of `block`, read and checked where it was not cached.
+    /// Gives the buffer of `block`, read and checked where it was not cached. Threads that miss the
+    /// same block share one read, and its error; what failed is not cached.
     ///
     /// # Errors
     /// The device's, or what the validator found.
+    ///
+    /// # Panics
+    /// In debug builds, where it would have to wait in a context that must not.
     pub fn read(&self, block: u64, validator: &Arc<dyn Validator>) -> Result<Buffer, BufError> {
-        if let Some(buffer) = self.get(block) {
-            return Ok(buffer);
-        }
-        let buf = PagePool::shared().alloc(self.config.block_size as usize)?;
-        let buf = read_wait(&self.dev, self.sector(block)?, buf)?;
-        validator
-            .check(block, &buf)
-            .map_err(|invalid| BufError::Invalid {
-                block,
-                what: invalid.what,
-            })?;
-        Ok(self.insert(block, buf, validator))
+        self.cache.read(block, validator)
     }
 
-    fn insert(&self, block: u64, buf: blockstack::Buf, validator: &Arc<dyn Validator>) -> Buffer {
-        let fresh = || {
-            Buffer(Arc::new(Inner {
-                block,
-                data: RwLock::new(buf),
-                dirty: AtomicBool::new(false),
-                pins: AtomicU32::new(0),
-                validator: RwLock::new(validator.clone()),
-            }))
-        };
-        self.buffers.entry(block).or_insert_with(fresh).clone()
-    }
-
-    /// Gives the buffer of `block` only where it is cached and up to date.
+    /// Gives the buffer of `block` only where it is cached and up to date; never waits.
     #[must_use]
     pub fn get(&self, block: u64) -> Option<Buffer> {
-        self.buffers.get(&block).map(|buffer| buffer.clone())
+        self.cache.get(block)
     }
 
-    /// Gives a buffer of zeros for `block` without reading it.
+    /// Gives a buffer of zeros for `block` without reading it. One that is cached is zeroed and
+    /// gets the validator, and stays as clean or dirty as it was.
     ///
     /// # Errors
-    /// [`BlkError::NoMemory`].
+    /// [`BlkError::NoMemory`], [`BlkError::OutOfRange`].
     pub fn new_zeroed(
         &self,
         block: u64,
         validator: &Arc<dyn Validator>,
     ) -> Result<Buffer, BufError> {
-        let buf = PagePool::shared().alloc_zeroed(self.config.block_size as usize)?;
-        let buffer = self.insert(block, buf, validator);
-        buffer.set_validator(validator);
-        buffer.data_mut().fill(0);
-        Ok(buffer)
+        self.cache.new_zeroed(block, validator)
     }
 
-    /// Starts to read `n` blocks from `block` on.
-    pub fn prefetch(&self, _block: u64, _n: u64) {}
+    /// Starts to read those of `n` blocks from `block` on that are not cached. Waits for nothing;
+    /// what cannot be had at once is left out. The content is checked by the read that comes for
+    /// it.
+    pub fn prefetch(&self, block: u64, n: u64) {
+        self.cache.prefetch(block, n);
+    }
 
-    /// Drops a buffer, dirty or not, without writing it.
+    /// Drops a buffer, dirty or pinned or not, without writing it. Whoever holds it keeps the
+    /// content, detached: it is never written. A write that is on its way goes on;
+    /// [`Self::wait_writes`] waits for it, and no later write of the block by this client can be
+    /// overtaken by it.
     pub fn forget(&self, block: u64) {
-        self.buffers.remove(&block);
+        self.cache.forget(block);
     }
 
-    /// Writes all dirty buffers that are not pinned and waits for them.
+    /// Waits until no write of these blocks is on its way. Called before somebody else, a data
+    /// write say, uses blocks that were metadata.
+    pub fn wait_writes(&self, block: u64, n: u64) {
+        self.cache.wait_writes(block, n);
+    }
+
+    /// Writes all dirty buffers that are not pinned and waits for them, those already on their way
+    /// among them.
     ///
     /// # Errors
-    /// The first error of this or an earlier asynchronous write.
+    /// The first error of an earlier write in the background, once; else the first of this call.
+    /// What failed stays dirty.
     pub fn write_dirty(&self) -> Result<(), BufError> {
-        let mut dirty: Vec<Buffer> = self
-            .buffers
-            .iter()
-            .filter(|buffer| buffer.is_dirty())
-            .map(|buffer| buffer.value().clone())
-            .collect();
-        dirty.sort_by_key(Buffer::block);
-        self.write_buffers(&dirty)
+        let written = self.cache.write_all();
+        self.cache.take_async_error().and(written)
     }
 
-    /// Writes those of `buffers` that are dirty and not pinned, and waits for them.
+    /// Writes those of `buffers` that are dirty and not pinned, and waits for them. Neighbours
+    /// share a bio.
     ///
     /// # Errors
     /// The first error; the buffer stays dirty.
     pub fn write_buffers(&self, buffers: &[Buffer]) -> Result<(), BufError> {
-        let mut first = Ok(());
-        for buffer in buffers {
-            if buffer.0.pins.load(Ordering::Acquire) > 0
-                || !buffer.0.dirty.swap(false, Ordering::AcqRel)
-            {
-                continue;
-            }
-            let mut buf = PagePool::shared().alloc(self.config.block_size as usize)?;
-            buffer.copy_prepared(&mut buf);
-            let res = write_wait(&self.dev, self.sector(buffer.block())?, buf, BioFlags::META);
-            if let Err(error) = res {
-                buffer.mark_dirty();
-                first = first.and(Err(error.into()));
-            }
-        }
-        first
+        self.cache.check_failed()?;
+        let mut list: Vec<Arc<Inner>> = buffers.iter().map(|held| held.inner.clone()).collect();
+        list.sort_unstable_by_key(|inner| inner.block);
+        list.dedup_by_key(|inner| inner.id);
+        self.cache.write_out(list, Origin::Caller)
     }
 
-    /// Starts to write dirty buffers.
-    pub fn write_dirty_async(&self) {}
+    /// Starts to write dirty buffers; their errors are for the next [`Self::write_dirty`].
+    pub fn write_dirty_async(&self) {
+        self.cache.kick(Request::All);
+    }
 
     /// Flushes the device.
     ///
     /// # Errors
     /// The device's.
     pub fn flush(&self) -> Result<(), BufError> {
-        Ok(flush_wait(&self.dev)?)
+        self.cache.check_failed()?;
+        Ok(flush_wait(&self.cache.dev)?)
     }
 
     /// Discards blocks on the device and forgets their buffers.
@@ -191,30 +206,180 @@ impl Client {
     /// # Errors
     /// The device's.
     pub fn discard(&self, block: u64, n: u64) -> Result<(), BufError> {
-        (block..block + n).for_each(|block| self.forget(block));
-        let len = self.sector(n)?;
-        Ok(range_wait(
-            &self.dev,
-            Op::Discard,
-            self.sector(block)?,
-            SectorCount::new(len.raw()),
-        )?)
+        if n == 0 {
+            return Ok(());
+        }
+        let cache = &self.cache;
+        cache.check_failed()?;
+        let end = block.checked_add(n).ok_or(BlkError::OutOfRange)?;
+        cache.check_range(end - 1)?;
+        if n > cache.count() as u64 {
+            let cached: Vec<u64> = cache.map.iter().map(|entry| *entry.key()).collect();
+            let inside = cached.into_iter().filter(|at| (block..end).contains(at));
+            inside.for_each(|at| cache.forget(at));
+        } else {
+            (block..end).for_each(|at| cache.forget(at));
+        }
+        cache.wait_writes(block, n);
+        let limit = cache.dev.limits().max_discard_sectors / cache.sectors_per_block();
+        if limit == 0 {
+            return Err(BlkError::NotSupported.into());
+        }
+        let mut at = block;
+        while at < end {
+            let blocks = limit.min(end - at);
+            let sectors = SectorCount::new(blocks * cache.sectors_per_block());
+            range_wait(&cache.dev, Op::Discard, cache.sector(at), sectors)?;
+            at += blocks;
+        }
+        Ok(())
     }
 
-    /// Drops all buffers that are clean and not held.
+    /// Releases `buffer` and gives its content to `to`, which is dirty then; a buffer of `to` that
+    /// is cached is forgotten. Where nobody else holds the buffer its memory moves, and the old
+    /// block, written first if it was dirty, is not cached any more. Where it is held, `to` is
+    /// written before this returns.
+    ///
+    /// # Errors
+    /// What a write reports; the content of `to` is then dirty in the cache, or not there.
+    pub fn release_move(&self, buffer: Buffer, to: u64) -> Result<(), BufError> {
+        let cache = &self.cache;
+        cache.check_range(to)?;
+        let Buffer { inner, ticket } = buffer;
+        if inner.block == to {
+            return Ok(());
+        }
+        if inner.phase() != Phase::Clean {
+            cache.write_out(vec![inner.clone()], Origin::Caller)?;
+        }
+        cache.forget(to);
+        cache.wait_writes(to, 1);
+        let validator = inner.validator();
+        let moved = self.take_if_alone(inner);
+        let shared = match moved {
+            Ok(buf) => {
+                drop(ticket);
+                let fresh = Inner::new(cache, to, Phase::Clean, Some(buf), &validator);
+                return match cache.insert(&fresh) {
+                    Ok(()) => {
+                        fresh.mark_dirty();
+                        Ok(())
+                    }
+                    // Somebody read `to` meanwhile, against the contract: ours is the content.
+                    Err(there) => {
+                        self.copy_over(&fresh, &there);
+                        Ok(())
+                    }
+                };
+            }
+            Err(shared) => shared,
+        };
+        let target = cache.new_zeroed(to, &validator)?;
+        self.copy_over(&shared, &target.inner);
+        drop((shared, ticket));
+        self.write_buffers(&[target])
+    }
+
+    /// Takes the memory of a buffer that only the caller and the map refer to.
+    fn take_if_alone(&self, inner: Arc<Inner>) -> Result<blockstack::Buf, Arc<Inner>> {
+        let cache = &self.cache;
+        let removed = cache.map.remove_if(&inner.block, |_, there| {
+            // Two references, the map's and ours: under the map's lock nobody can come to hold it.
+            let alone = there.id == inner.id && Arc::strong_count(there) == 2;
+            std::sync::atomic::fence(Ordering::Acquire);
+            alone && there.phase() == Phase::Clean && !there.is_pinned()
+        });
+        if removed.is_none() {
+            return Err(inner);
+        }
+        cache.buffers.fetch_sub(1, Ordering::Relaxed);
+        cache.change(&inner, Phase::Clean, Phase::Gone);
+        let buf = inner.lock_data().take();
+        buf.ok_or(inner)
+    }
+
+    fn copy_over(&self, from: &Inner, to: &Arc<Inner>) {
+        // One lock at a time: nobody orders these two.
+        let content = from.data.read().as_ref().map(|data| data.to_vec());
+        if let (Some(content), Some(data)) = (content, to.lock_data().as_mut()) {
+            data.copy_from_slice(&content);
+        }
+        to.mark_dirty();
+    }
+
+    /// Writes what is dirty and drops all buffers that are neither held nor pinned. What cannot be
+    /// written stays.
     pub fn drop_buffers(&self) {
-        self.buffers
-            .retain(|_, buffer| Arc::strong_count(&buffer.0) > 1 || buffer.is_dirty());
+        if let Err(error) = self.cache.write_all() {
+            log::warn!("{}: buffers kept: {error}", self.cache.dev.name());
+            self.cache
+                .async_error
+                .lock_nested()
+                .get_or_insert(match error {
+                    BufError::Blk(error) => error,
+                    BufError::Invalid { .. } => BlkError::Io,
+                });
+        }
+        self.cache.evict_to(0);
     }
 
-    /// Latches the client as failed.
+    /// Evicts clean buffers that nobody holds until the content is at most `bytes`, or none is
+    /// left.
+    pub fn shrink(&self, bytes: usize) {
+        self.cache.evict_to(bytes / self.cache.block_size());
+    }
+
+    /// Counters now.
+    #[must_use]
+    pub fn stats(&self) -> ClientStats {
+        let cache = &self.cache;
+        let sum = |counter: fn(&crate::state::Shard) -> u64| cache.shards.iter().map(counter).sum();
+        ClientStats {
+            hits: sum(|shard| shard.hits.load(Ordering::Relaxed)),
+            misses: sum(|shard| shard.misses.load(Ordering::Relaxed)),
+            buffers: cache.count(),
+            dirty: cache.dirty.load(Ordering::Relaxed),
+            pinned: cache.pinned.load(Ordering::Relaxed),
+            written: cache.blocks_written.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Latches the client as failed: all later writes and flushes fail. Reads go on.
     pub fn fail(&self) {
-        self.failed.store(true, Ordering::Release);
+        self.cache.failed.store(true, Ordering::Release);
     }
 
     /// Whether the client was latched as failed.
     #[must_use]
     pub fn is_failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
+        self.cache.failed.load(Ordering::Acquire)
+    }
+
+    /// Ends the writeback thread and waits for what it writes. Dirty buffers stay dirty; they can
+    /// still be written by a call.
+    pub fn shutdown(&self) {
+        let thread = self.thread.lock_nested().take();
+        let Some(thread) = thread else { return };
+        self.cache.control.lock_nested().stop = true;
+        self.cache.wake_thread.notify_all();
+        if blocking(|| thread.join()).is_err() {
+            log::error!("{}: the writeback thread panicked", self.cache.dev.name());
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.shutdown();
+        self.cache.close();
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client")
+            .field("dev", &self.cache.dev.name())
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
     }
 }
