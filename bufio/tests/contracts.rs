@@ -149,7 +149,7 @@ fn pinned_buffers_are_neither_written_nor_evicted() {
     let clean = client.read(2, no_check()).unwrap();
     clean.pin();
     client.write_dirty().unwrap();
-    client.write_buffers(&[pinned.clone()]).unwrap();
+    client.write_buffers(std::slice::from_ref(&pinned)).unwrap();
     client.write_dirty_async();
     drop((pinned, clean));
     client.drop_buffers();
@@ -225,7 +225,7 @@ fn write_waits_for_the_write_in_flight_and_writes_again() {
     buffer.data_mut().fill(2);
     buffer.mark_dirty();
     std::thread::scope(|scope| {
-        let writer = scope.spawn(|| client.write_buffers(&[buffer.clone()]));
+        let writer = scope.spawn(|| client.write_buffers(std::slice::from_ref(&buffer)));
         std::thread::sleep(Duration::from_millis(20));
         assert_eq!(
             disk.held(),
@@ -307,7 +307,7 @@ fn forget_drops_a_dirty_buffer_and_detaches_holders() {
     client.forget(4);
     assert_eq!(held.data()[1], 3);
     held.mark_dirty();
-    client.write_buffers(&[held.clone()]).unwrap();
+    client.write_buffers(std::slice::from_ref(&held)).unwrap();
     client.write_dirty().unwrap();
     assert_eq!(disk.set(|state| state.writes.len()), 0);
     assert_eq!(client.read(4, no_check()).unwrap().data()[1], 0);
@@ -347,7 +347,7 @@ fn a_failed_write_stays_dirty_and_is_reported_by_its_caller() {
     disk.set(|state| state.bad_writes.insert(8));
     let io = Err(BufError::Blk(BlkError::Io));
     let buffer = client.get(4).unwrap();
-    assert_eq!(client.write_buffers(&[buffer.clone()]), io);
+    assert_eq!(client.write_buffers(std::slice::from_ref(&buffer)), io);
     assert!(buffer.is_dirty());
     assert_eq!(client.write_dirty(), io);
     disk.set(|state| state.bad_writes.clear());
