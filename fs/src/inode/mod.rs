@@ -1,7 +1,7 @@
 //! Inodes in memory.
 
-pub mod block_map;
-pub mod extent_tree;
+pub(crate) mod block_map;
+pub(crate) mod extent_tree;
 pub mod map;
 pub mod range;
 
