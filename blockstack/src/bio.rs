@@ -231,6 +231,11 @@ impl Bio {
         self.core().home.is_none()
     }
 
+    /// Where it came from.
+    pub(crate) fn home(&self) -> Option<*const dyn Home> {
+        self.core().home.as_ref().map(Arc::as_ptr)
+    }
+
     pub(crate) fn from_node(mut node: Box<Node<dyn Pad>>, op: Op, home: Arc<dyn Home>) -> Self {
         node.core.op = op;
         node.core.life = Life::Live;
@@ -589,3 +594,6 @@ impl fmt::Debug for Bio {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -48,7 +48,6 @@ pub mod device;
 pub mod direct_io;
 pub mod error;
 pub mod plug;
-mod rescuer;
 pub mod submit;
 pub mod sync;
 #[cfg(any(test, feature = "test-utils"))]
@@ -58,7 +57,7 @@ pub mod wait;
 pub mod workqueue;
 
 pub use bio::{Bio, BioFlags, Op};
-pub use bio_set::{BioSet, Wait};
+pub use bio_set::{BioSet, Rescue, Wait};
 pub use buf::{Buf, PagePool};
 pub use device::{BlockDevice, DynDevice, Limits};
 pub use direct_io::{Dio, DioConfig, DioDone, DirectIo, Extent, Mapping};

@@ -42,21 +42,29 @@ pub fn in_submission() -> bool {
         .unwrap_or(false)
 }
 
-/// Hands the thread's parked bios on, so that a wait for `set` cannot wait for them.
-pub(crate) fn make_room(set: &str) {
-    let parked: Vec<Bio> = LISTS.with_borrow_mut(|lists| {
-        let new = std::mem::take(&mut lists.new);
-        let old = std::mem::take(&mut lists.old);
-        new.into_iter().chain(old).collect()
-    });
-    if parked.is_empty() {
-        return;
-    }
-    log::debug!(
-        "bio set {set}: {} parked bios go to a helper thread",
-        parked.len()
-    );
-    crate::rescuer::submit_elsewhere(parked);
+/// Takes the bios that `wanted` says from both of the thread's lists, in the order they would have
+/// been submitted in, and gives them to `taker`. The others keep their order.
+pub(crate) fn take_parked(wanted: impl Fn(&Bio) -> bool, mut taker: impl FnMut(Bio)) {
+    let mut take = |which: fn(&mut Lists) -> &mut VecDeque<Bio>| {
+        let count = LISTS.with_borrow_mut(|lists| which(lists).len());
+        for _ in 0..count {
+            // Once around: what stays goes to the back. Not borrowed while `taker` runs.
+            let taken = LISTS.with_borrow_mut(|lists| {
+                let list = which(lists);
+                let bio = list.pop_front()?;
+                if wanted(&bio) {
+                    return Some(bio);
+                }
+                list.push_back(bio);
+                None
+            });
+            if let Some(bio) = taken {
+                taker(bio);
+            }
+        }
+    };
+    take(|lists| &mut lists.new);
+    take(|lists| &mut lists.old);
 }
 
 /// Sends a bio to the device it names. It ends through its `end_io`, perhaps before this returns.
