@@ -30,7 +30,6 @@ const ARENA: usize = 2 << 20;
 /// The largest buffer that can be had, in bytes.
 pub const MAX_BUF: usize = CLASSES[CLASSES.len() - 1];
 
-#[derive(Clone, Copy)]
 struct Chunk {
     ptr: NonNull<u8>,
 }
@@ -42,8 +41,24 @@ unsafe impl Send for Chunk {}
 
 struct Arenas {
     maps: Vec<MmapMut>,
+    /// Where the last map begins. All chunks are derived from this one address, never from a
+    /// reference to the map, which would claim the bytes of chunks that others own.
+    base: Option<Chunk>,
     /// Bytes of the last map handed out so far.
     used: usize,
+}
+
+impl Arenas {
+    /// The `size` bytes from `offset` on in the last map.
+    #[expect(unsafe_code, reason = "aligned memory is what this module is for")]
+    fn chunk(&self, offset: usize, size: usize) -> Option<Chunk> {
+        let base = self.base.as_ref()?;
+        assert!(offset + size <= ARENA, "chunk outside its map");
+        // SAFETY: the map that begins at `base` is `ARENA` bytes long, checked above, and lives as
+        // long as the pool.
+        let ptr = unsafe { base.ptr.add(offset) };
+        Some(Chunk { ptr })
+    }
 }
 
 struct Pool {
@@ -67,6 +82,7 @@ impl PagePool {
                 Rank::Pool,
                 Arenas {
                     maps: Vec::new(),
+                    base: None,
                     used: ARENA,
                 },
             ),
@@ -128,39 +144,30 @@ impl PagePool {
             if self.0.mapped.load(Ordering::Relaxed) + ARENA > self.0.limit {
                 return Err(BlkError::NoMemory);
             }
-            let map = MmapMut::map_anon(ARENA).map_err(|error| {
+            let mut map = MmapMut::map_anon(ARENA).map_err(|error| {
                 log::error!("page pool: cannot map {ARENA} bytes: {error}");
                 BlkError::NoMemory
             })?;
             // What is left of the last arena goes to the smaller classes.
             let rest = arenas.used;
             if rest < ARENA {
-                self.recycle_tail(&mut arenas, rest);
+                self.recycle_tail(&arenas, rest);
             }
+            arenas.base = NonNull::new(map.as_mut_ptr()).map(|ptr| Chunk { ptr });
             arenas.maps.push(map);
             arenas.used = 0;
             self.0.mapped.fetch_add(ARENA, Ordering::Relaxed);
         }
         let offset = arenas.used;
         arenas.used += size;
-        let Some(map) = arenas.maps.last_mut() else {
-            return Err(BlkError::NoMemory);
-        };
-        let slice = &mut map[offset..offset + size];
-        Ok(Chunk {
-            ptr: NonNull::from(slice).cast(),
-        })
+        arenas.chunk(offset, size).ok_or(BlkError::NoMemory)
     }
 
-    fn recycle_tail(&self, arenas: &mut Arenas, mut from: usize) {
-        let Some(map) = arenas.maps.last_mut() else {
-            return;
-        };
+    fn recycle_tail(&self, arenas: &Arenas, mut from: usize) {
         for (class, &size) in CLASSES.iter().enumerate().rev() {
             while from + size <= ARENA {
-                let slice = &mut map[from..from + size];
-                let chunk = Chunk {
-                    ptr: NonNull::from(slice).cast(),
+                let Some(chunk) = arenas.chunk(from, size) else {
+                    return;
                 };
                 self.0.free[class].lock_nested().push(chunk);
                 from += size;

@@ -29,7 +29,7 @@ use crate::buf::Buf;
 use crate::device::DynDevice;
 use crate::error::{BlkError, BlkResult};
 use crate::plug::Plug;
-use crate::submit::submit_bio;
+use crate::submit::{submit_and_stay, submit_bio};
 use crate::sync::{Condvar, Mutex, Rank, assert_may_wait};
 use crate::units::{SECTOR_SIZE, Sector, SectorCount};
 use crate::workqueue::{OnceWorkqueue, Workqueue};
@@ -309,6 +309,7 @@ impl<D: DioDone> Dio<D> {
         file.in_flight.fetch_add(1, Ordering::AcqRel);
         let bytes = buf.len();
         let checked = check(op, extents, bytes).and_then(|()| file.prepare(&end));
+        let stays = matches!(end, End::Wake(_));
         let mut bio = file.take_bio(op);
         bio.set_flags(flags);
         bio.set_end_io(end_io::<D>);
@@ -324,7 +325,7 @@ impl<D: DioDone> Dio<D> {
             bio.complete(Err(error));
             return;
         }
-        send(&file.mount, extents, bio);
+        send(&file.mount, extents, bio, stays);
     }
 }
 
@@ -363,10 +364,10 @@ fn check(op: Op, extents: &[Extent], bytes: usize) -> BlkResult {
 }
 
 /// Sends the parts of `bio` to where the extents say; the bio itself is the last.
-fn send<D: DioDone>(mount: &Mount<D>, extents: &[Extent], mut bio: Bio) {
+fn send<D: DioDone>(mount: &Mount<D>, extents: &[Extent], mut bio: Bio, stays: bool) {
     let op = bio.op();
     let max = u64::from(mount.dev.limits().max_sectors.max(1));
-    let _plug = Plug::new();
+    let plug = Plug::new();
     let mut left = bio.len().raw();
     for extent in extents {
         let to_device = op == Op::Write || !reads_as_zeros(extent);
@@ -377,11 +378,13 @@ fn send<D: DioDone>(mount: &Mount<D>, extents: &[Extent], mut bio: Bio) {
             rest -= len;
             left -= len;
             if left == 0 {
-                go(mount, to_device, Sector::new(sector), bio);
+                // What was held back so far goes first: the thread may stay with this one.
+                drop(plug);
+                go(mount, to_device, Sector::new(sector), bio, stays);
                 return;
             }
             match bio.split(SectorCount::new(len), &mount.pieces, Wait::Yes) {
-                Some(piece) => go(mount, to_device, Sector::new(sector), piece),
+                Some(piece) => go(mount, to_device, Sector::new(sector), piece, false),
                 None => {
                     bio.complete(Err(BlkError::NoMemory));
                     return;
@@ -394,10 +397,14 @@ fn send<D: DioDone>(mount: &Mount<D>, extents: &[Extent], mut bio: Bio) {
     bio.complete(Err(BlkError::Unaligned));
 }
 
-fn go<D: DioDone>(mount: &Mount<D>, to_device: bool, sector: Sector, mut bio: Bio) {
+fn go<D: DioDone>(mount: &Mount<D>, to_device: bool, sector: Sector, mut bio: Bio, stays: bool) {
     if to_device {
         bio.set_dev(mount.dev.clone(), sector);
-        submit_bio(bio);
+        if stays {
+            submit_and_stay(bio);
+        } else {
+            submit_bio(bio);
+        }
     } else {
         bio.complete(Ok(()));
     }
@@ -486,8 +493,9 @@ impl<D: DioDone> File<D> {
         }
     }
 
-    fn put_bio(&self, bio: Bio) {
+    fn put_bio(&self, mut bio: Bio) {
         if bio.is_own() {
+            bio.reset(Op::Read);
             *self.own.lock_nested() = Some(bio);
         }
     }

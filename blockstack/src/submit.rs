@@ -24,6 +24,8 @@ use crate::error::BlkError;
 #[derive(Default)]
 struct Lists {
     active: bool,
+    /// Whether the thread will do nothing but wait for the bio it submits.
+    stays: bool,
     /// Submitted by the device that is running now.
     new: VecDeque<Bio>,
     /// From before.
@@ -65,6 +67,22 @@ pub(crate) fn take_parked(wanted: impl Fn(&Bio) -> bool, mut taker: impl FnMut(B
     };
     take(|lists| &mut lists.new);
     take(|lists| &mut lists.old);
+}
+
+/// As [`submit_bio`], for a thread that waits for the bio next and for nothing else: the device at
+/// the bottom may do the system call itself, there and then, which saves waking two threads.
+pub(crate) fn submit_and_stay(bio: Bio) {
+    LISTS.with_borrow_mut(|lists| lists.stays = true);
+    submit_bio(bio);
+    LISTS.with_borrow_mut(|lists| lists.stays = false);
+}
+
+/// Whether the thread would do nothing better than the system calls of the bio it is submitting:
+/// it waits for it, and no other bio waits to be submitted by it.
+pub(crate) fn may_stay() -> bool {
+    LISTS.with_borrow(|lists| {
+        lists.active && lists.stays && lists.new.is_empty() && lists.old.is_empty()
+    })
 }
 
 /// Sends a bio to the device it names. It ends through its `end_io`, perhaps before this returns.

@@ -1,13 +1,14 @@
 //! Bios that a thread waits for.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use crate::bio::{Bio, BioFlags, Op};
-use crate::bio_set::{BioSet, Wait};
+use crate::bio_set::BioSet;
 use crate::buf::Buf;
 use crate::device::DynDevice;
 use crate::error::{BlkError, BlkResult};
-use crate::submit::submit_bio;
+use crate::submit::submit_and_stay;
 use crate::sync::{Condvar, Mutex, Rank, assert_may_wait};
 use crate::units::{Sector, SectorCount};
 
@@ -20,16 +21,18 @@ struct Waiter {
 }
 
 thread_local! {
-    // A thread waits for one bio at a time; the waiter is used again.
+    // A thread waits for one bio at a time; waiter and bio are used again. As the bio is the
+    // thread's own, no device that swallows bios can keep it from another device.
     static WAITER: Arc<Waiter> = Arc::new(Waiter {
         done: Mutex::new(Rank::Pool, None),
         woken: Condvar::new(),
     });
+    static OWN: Cell<Option<Bio>> = const { Cell::new(None) };
 }
 
 fn set() -> &'static BioSet<WaitPad> {
     static SET: std::sync::OnceLock<BioSet<WaitPad>> = std::sync::OnceLock::new();
-    SET.get_or_init(|| BioSet::new("wait", 64))
+    SET.get_or_init(|| BioSet::new("wait", 1))
 }
 
 fn end_io(mut bio: Bio, res: BlkResult) {
@@ -43,21 +46,26 @@ fn end_io(mut bio: Bio, res: BlkResult) {
 /// Submits a bio built by `fill` and waits for its end. Request context only.
 fn run(op: Op, fill: impl FnOnce(&mut Bio) -> BlkResult) -> (Option<Buf>, BlkResult) {
     assert_may_wait();
-    let Some(mut bio) = set().alloc(op, Wait::Yes) else {
-        return (None, Err(BlkError::NoMemory));
-    };
+    let mut bio = OWN.take().unwrap_or_else(|| set().alloc_own());
+    bio.reset(op);
     if let Err(error) = fill(&mut bio) {
+        bio.reset(op);
+        OWN.set(Some(bio));
         return (None, Err(error));
     }
     let waiter = WAITER.with(Arc::clone);
     bio.pad_mut::<WaitPad>().0 = Some(waiter.clone());
     bio.set_end_io(end_io);
-    submit_bio(bio);
+    submit_and_stay(bio);
     let mut done = waiter.done.lock_nested();
     loop {
         if let Some((mut bio, res)) = done.take() {
             drop(done);
-            return (bio.take_buf(), res);
+            let buf = bio.take_buf();
+            // Lets go of the device.
+            bio.reset(op);
+            OWN.set(Some(bio));
+            return (buf, res);
         }
         waiter.woken.wait(&mut done);
     }

@@ -71,6 +71,7 @@ pub struct FileDisk {
     files: Arc<Files>,
     engine: Running,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    inline: bool,
     stats: Stats,
 }
 
@@ -91,6 +92,7 @@ impl FileDisk {
             files,
             engine,
             threads: Mutex::new(Rank::Queue, threads),
+            inline: options.inline,
             stats: Stats::default(),
         }))
     }
@@ -158,6 +160,10 @@ impl BlockDevice for FileDisk {
     }
 
     fn submit(&self, bio: Bio) {
+        if self.inline && crate::submit::may_stay() {
+            threads::run_here(&self.files, bio);
+            return;
+        }
         match &self.engine {
             Running::Uring(engine) => engine.submit(bio),
             Running::Threads(engine) => engine.submit(bio),

@@ -48,6 +48,8 @@ pub struct OpenOptions {
     pub queue_depth: u32,
     /// The number of threads without.
     pub threads: u32,
+    /// A thread that only waits for its bio does the calls itself, where that is the same.
+    pub inline: bool,
 }
 
 impl Default for OpenOptions {
@@ -58,6 +60,7 @@ impl Default for OpenOptions {
             engine: Engine::Auto,
             queue_depth: 128,
             threads: 4,
+            inline: true,
         }
     }
 }

@@ -20,10 +20,11 @@ fn image(bytes: u64) -> tempfile::NamedTempFile {
 fn every_way() -> Vec<OpenOptions> {
     let mut all = Vec::new();
     for engine in [Engine::Uring, Engine::Threads] {
-        for direct in [true, false] {
+        for (direct, inline) in [(true, false), (false, false), (true, true), (false, true)] {
             all.push(OpenOptions {
                 engine,
                 direct,
+                inline,
                 ..OpenOptions::default()
             });
         }

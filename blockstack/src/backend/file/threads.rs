@@ -1,12 +1,14 @@
 //! The engine for hosts without `io_uring`: a few threads that do the calls themselves.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use super::request::{Request, Step};
+use super::request::{Request, Step, Via};
 use super::{Files, finish};
 use crate::bio::{Bio, Part};
+use crate::error::BlkResult;
 use crate::sync::{Condvar, Mutex, Rank};
 
 struct State {
@@ -83,22 +85,76 @@ impl Threads {
     }
 }
 
-/// Does a bio's calls on the calling thread and ends it.
-pub(super) fn run(files: &Files, request: &mut Request, bio: Bio) {
+thread_local! {
+    // For the calls that a thread does itself; used again.
+    static OWN: Cell<Option<Box<Request>>> = const { Cell::new(None) };
+}
+
+/// Does a bio's calls on the thread that submitted it, which would wait for it anyway.
+pub(super) fn run_here(files: &Files, bio: Bio) {
+    let mut request = OWN.take().unwrap_or_default();
     request.begin(bio);
-    let res = loop {
-        let step = request.step(&files.caps);
-        if let Step::End(res) = step {
-            break res;
+    let res = request.run(files, call_or_block);
+    if let Some(bio) = request.take() {
+        OWN.set(Some(request));
+        bio.complete(res);
+    }
+}
+
+/// As [`call`]; tells the thread's hook where it may sleep. What the host has in memory is copied
+/// without that.
+fn call_or_block(files: &Files, step: Step, parts: &[Part]) -> i64 {
+    match step {
+        Step::Read {
+            via: Via::Cached,
+            offset,
+        } => {
+            let res = read_cached_now(files, offset, parts);
+            if res > 0 {
+                return res;
+            }
         }
-        let moved = call(files, step, &request.parts);
-        if let Err(error) = request.result(moved, &files.caps, &files.name) {
-            break Err(error);
-        }
-    };
+        Step::Write {
+            via: Via::Cached,
+            dsync: false,
+            ..
+        } => return call(files, step, parts),
+        _ => {}
+    }
+    crate::sync::blocking(|| call(files, step, parts))
+}
+
+/// Does a bio's calls on a thread of the engine and ends it.
+fn run(files: &Files, request: &mut Request, bio: Bio) {
+    request.begin(bio);
+    let res = request.run(files, call);
     if let Some(bio) = request.take() {
         finish(bio, res);
     }
+}
+
+impl Request {
+    fn run(&mut self, files: &Files, call: fn(&Files, Step, &[Part]) -> i64) -> BlkResult {
+        loop {
+            let step = self.step(&files.caps);
+            if let Step::End(res) = step {
+                return res;
+            }
+            let moved = call(files, step, &self.parts);
+            self.result(moved, &files.caps, &files.name)?;
+        }
+    }
+}
+
+/// Reads only what the host has in memory.
+#[expect(unsafe_code, reason = "system calls on memory that a bio holds")]
+fn read_cached_now(files: &Files, offset: u64, parts: &[Part]) -> i64 {
+    let iovecs: *const libc::iovec = parts.as_ptr().cast();
+    let count = parts.len() as libc::c_int;
+    let fd = files.fd(Via::Cached);
+    // SAFETY: `parts` is laid out as `iovec` (asserted there) and names memory of the bio in the
+    // caller's request, which stays there during the call and is this thread's to fill.
+    unsafe { libc::preadv2(fd, iovecs, count, offset as libc::off_t, libc::RWF_NOWAIT) as i64 }
 }
 
 /// One system call: bytes moved, or a negative errno.
@@ -108,7 +164,7 @@ fn call(files: &Files, step: Step, parts: &[Part]) -> i64 {
     let count = parts.len() as libc::c_int;
     // The capacity was taken from a file size, which the system keeps in an `off_t`.
     let off = |offset: u64| offset as libc::off_t;
-    let cached = files.fd(super::request::Via::Cached);
+    let cached = files.fd(Via::Cached);
     let res = match step {
         // SAFETY: only a descriptor goes in, which `files` keeps open.
         Step::Sync => i64::from(unsafe { libc::fdatasync(cached) }),
