@@ -1,4 +1,5 @@
 //! Allocator and maps on images of mke2fs; e2fsck and debugfs are the oracles.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::collections::BTreeMap;
 use std::io::Write;

@@ -207,7 +207,7 @@ impl Alloc {
     pub(super) fn inodes_committed(&self, tid: u32) {
         let mut done = Vec::new();
         self.freed_inodes.lock().retain(|&(freed, ino)| {
-            let committed = tid.wrapping_sub(freed).cast_signed() >= 0;
+            let committed = (tid.wrapping_sub(freed) as i32) >= 0;
             if committed {
                 done.push(ino);
             }

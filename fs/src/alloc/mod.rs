@@ -143,15 +143,15 @@ impl Alloc {
             return Err(core.corrupt("superblock: size", block, 0));
         };
         let clean = raw.s_state.get() & 1 == 1 && !geo.incompat.contains(Incompat::RECOVER);
-        let total = geo.blocks_count.cast_signed();
+        let total = geo.blocks_count as i64;
         let chunks = geo.gdt_blocks();
         let alloc = Arc::new(Self {
             chunks: (0..chunks).map(|_| OnceLock::new()).collect(),
-            free: AtomicI64::new(raw.free_blocks().cast_signed()),
+            free: AtomicI64::new(raw.free_blocks() as i64),
             pending: AtomicI64::new(0),
             free_inodes: AtomicI64::new(raw.s_free_inodes_count.get().into()),
             dirs: AtomicI64::new(0),
-            reserved: raw.reserved_blocks().cast_signed(),
+            reserved: raw.reserved_blocks() as i64,
             spare: if geo.has_extents() {
                 (total / 50).min(4096)
             } else {

@@ -327,8 +327,9 @@ pub(crate) fn insert<N: NodesMut>(
             let (Some(step), Some(new)) = (way.steps.last(), spare.pop()) else {
                 return Err(nodes.corrupt("block map: changed shape under an operation", ROOT));
             };
-            let new = u32::try_from(new)
-                .map_err(|_| nodes.corrupt("block map: block number past 32 bits", step.block))?;
+            let Ok(new) = u32::try_from(new) else {
+                return Err(nodes.corrupt("block map: block number past 32 bits", step.block));
+            };
             change(nodes, root, step.block, |data| {
                 set_pointer(data, step.at, new)
             })?;

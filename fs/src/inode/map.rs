@@ -87,7 +87,7 @@ pub fn max_file_size(geo: &Geometry, by_extents: bool) -> u64 {
     // `i_blocks` counts the file's blocks in sectors: 32 bits of them, or 48.
     if by_extents {
         let most = if huge {
-            i64::MAX.cast_unsigned()
+            i64::MAX as u64
         } else {
             u64::from(u32::MAX) >> (bits - 9) << bits
         };
