@@ -47,7 +47,10 @@ impl CharSign {
     #[inline]
     fn widen(self, byte: u8) -> u32 {
         match self {
-            Self::Signed => i32::from(byte.cast_signed()).cast_unsigned(),
+            Self::Signed => {
+                let signed = i32::from(i8::from_le_bytes([byte]));
+                u32::from_le_bytes(signed.to_le_bytes())
+            }
             Self::Unsigned => u32::from(byte),
         }
     }
