@@ -106,7 +106,7 @@ pub fn set(
 /// Damage; I/O errors.
 pub fn delete_all(fs: &Fs, handle: &Handle, inode: &Inode, data: &mut InodeData) -> FsResult {
     if let Some(buffer) = block(fs, inode, data)? {
-        release(fs, handle, inode, data, &buffer)?;
+        release(fs, handle, inode, data, buffer)?;
         data.file_acl = 0;
         data.sectors = data.sectors.saturating_sub(fs.geo.block_sectors());
     }
@@ -197,7 +197,7 @@ fn set_stored(
         BlockPlan::Keep => {}
         BlockPlan::Drop => {
             if let Some(old) = old {
-                release(fs, handle, inode, data, &old)?;
+                release(fs, handle, inode, data, old)?;
                 data.file_acl = 0;
                 data.sectors = data.sectors.saturating_sub(fs.geo.block_sectors());
             }
@@ -230,7 +230,7 @@ fn replace_block(
     let buffer = handle.create(pblk, &validator(fs))?;
     handle.write(&buffer)?.copy_from_slice(image);
     match old {
-        Some(old) => release(fs, handle, inode, data, &old)?,
+        Some(old) => release(fs, handle, inode, data, old)?,
         None => data.sectors += fs.geo.block_sectors(),
     }
     data.file_acl = pblk;
@@ -238,14 +238,15 @@ fn replace_block(
 }
 
 /// Lets go of an attribute block: one user less, or freed.
-fn release(fs: &Fs, handle: &Handle, inode: &Inode, data: &InodeData, buffer: &Buffer) -> FsResult {
-    let refcount = refcount(fs, inode, data, buffer)?;
+fn release(fs: &Fs, handle: &Handle, inode: &Inode, data: &InodeData, buffer: Buffer) -> FsResult {
+    let refcount = refcount(fs, inode, data, &buffer)?;
     if refcount > 1 {
-        set_refcount(&mut handle.write(buffer)?, refcount - 1);
+        set_refcount(&mut handle.write(&buffer)?, refcount - 1);
         return Ok(());
     }
-    handle.forget(buffer.block())?;
-    fs.alloc.free(handle, buffer.block(), 1, BlockUse::Metadata)
+    let pblk = buffer.block();
+    drop(buffer);
+    fs.alloc.free(handle, pblk, 1, BlockUse::Metadata)
 }
 
 fn refcount(fs: &Fs, inode: &Inode, data: &InodeData, buffer: &Buffer) -> FsResult<u32> {
