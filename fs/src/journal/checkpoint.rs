@@ -180,13 +180,10 @@ impl Shared {
 
     fn write_home(&self, batch: &[(Arc<Head>, Tid)]) -> FsResult {
         let bufs = &self.core.bufs;
-        let res = {
-            let _writing = self.home_io.lock();
-            // What is no longer cached was written home and evicted.
-            let cached = |(head, _): &(Arc<Head>, Tid)| bufs.get(head.block);
-            let buffers: Vec<Buffer> = batch.iter().filter_map(cached).collect();
-            bufs.write_buffers(&buffers)
-        };
+        // What is no longer cached was written home and evicted, or it was freed.
+        let cached = |(head, _): &(Arc<Head>, Tid)| bufs.get(head.block);
+        let buffers: Vec<Buffer> = batch.iter().filter_map(cached).collect();
+        let res = bufs.write_buffers(&buffers);
         if res.is_err() || bufs.is_failed() {
             self.abort("a committed block cannot be written home");
             return Err(FsError::Aborted);

@@ -182,18 +182,21 @@ impl Shared {
                 forget.push(block);
             }
         }
-        if !forget.is_empty() {
-            let _no_write_under_way = self.home_io.lock();
-            forget
-                .iter()
-                .for_each(|&block| self.core.bufs.forget(block));
-        }
+        forget
+            .iter()
+            .for_each(|&block| self.core.bufs.forget(block));
         txn.heads
             .lock_nested()
             .retain(|head| in_log && head.state.lock_nested().checkpoint == Some(txn.tid));
 
         // Before the waiters wake: who waits for space wants to see the blocks that came back.
         let freed = std::mem::take(&mut *txn.freed.lock_nested());
+        // A write of what stood there may be on its way; it must not overtake a new owner's.
+        for range in &freed {
+            self.core
+                .bufs
+                .wait_writes(range.start, u64::from(range.len));
+        }
         let hooks = self.state.lock().hooks.clone();
         if let Some(hooks) = hooks {
             hooks.committed(txn.tid, &freed);

@@ -42,12 +42,12 @@
 //! ```text
 //! start, stop:       state
 //! write, create:     head -> bufio (content)     head -> pool
-//! commit:            state; head -> content; home_io -> bufio; none of them during I/O on the log
-//! checkpoint:        home_io (over I/O) -> bufio; log (over I/O) -> state; head
+//! commit:            log (over I/O) -> state; head -> content; state
+//! checkpoint:        head; log (over I/O) -> state
 //! ```
 //! `state` has rank `JournalState`; heads and the lists of a transaction have rank `Counters`, so
-//! that a handle can be used under the lock of a block group; `log` and `home_io` are held while
-//! I/O is awaited and have rank `Transaction`.
+//! that a handle can be used under the lock of a block group; `log`, the journal's superblock, is
+//! held while I/O is awaited and has rank `Transaction`.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -197,9 +197,6 @@ struct Shared {
     heads: DashMap<u64, Arc<Head>>,
     /// The state's `aborted`, for those without its lock.
     aborted: AtomicBool,
-    /// Held over writes home, and while a freed block is dropped: no write of it may be under way
-    /// when it is handed out again.
-    home_io: Mutex<()>,
     /// For the commit thread: a request, a new transaction, a stop.
     commit_work: Condvar,
     /// For the commit thread: the last handle of a locked transaction stopped.
@@ -292,7 +289,6 @@ impl Journal {
             state: Mutex::new(Rank::JournalState, state),
             heads: DashMap::new(),
             aborted: AtomicBool::new(false),
-            home_io: Mutex::new(Rank::Transaction, ()),
             commit_work: Condvar::new(),
             drained: Condvar::new(),
             unlocked: Condvar::new(),
@@ -480,23 +476,21 @@ impl Shared {
     }
 
     fn abort(&self, why: &str) {
-        let hooks = {
-            let mut state = self.state.lock();
-            if state.aborted {
-                return;
-            }
-            state.aborted = true;
-            state.record_errno = true;
-            self.aborted.store(true, Ordering::Release);
-            self.wake_all();
-            state.hooks.clone()
-        };
+        if self.aborted.swap(true, Ordering::AcqRel) {
+            return;
+        }
         log::error!("journal aborted: {why}");
         self.core.note_error("journal aborted", 0, 0);
         self.core.make_read_only("the journal was aborted");
+        let hooks = self.state.lock().hooks.clone();
         if let Some(hooks) = hooks {
             hooks.aborted();
         }
+        // Who waits finds a file system that is read-only already.
+        let mut state = self.state.lock();
+        state.aborted = true;
+        state.record_errno = true;
+        self.wake_all();
     }
 
     fn abort_on(&self, what: &str, error: BlkError) -> FsError {
