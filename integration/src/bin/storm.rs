@@ -31,6 +31,8 @@ enum Command {
         #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
         manifest: Vec<PathBuf>,
     },
+    /// After a crash and replay: check that nothing that was synced is lost.
+    CheckDurable(storm::durable::DurableArgs),
     /// Print what the file system of a directory can do.
     Caps {
         /// A directory on it.
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::Verify { dir, manifest } => storm::verify::expand(&manifest)
             .and_then(|files| storm::verify::verify(&dir, &files))
             .map(|count| println!("{count} names verified")),
+        Command::CheckDurable(args) => storm::durable::check(&args),
         Command::Caps { dir } => storm::run::print_caps(&dir),
         Command::Worker(args) => storm::worker::run(args),
     };

@@ -133,64 +133,61 @@ pub fn ranges_to_read(
     Ok(merged)
 }
 
-/// Compares what `stat` shows.
-pub fn stat(path: &Path, meta: &Metadata, inode: &Inode, nlink: Option<u64>) -> Result<()> {
-    let differ = |what: &str, expected: String, actual: String| {
-        if expected == actual {
-            Ok(())
-        } else {
-            Err(StormError::mismatch(path, what, expected, actual))
-        }
-    };
-    differ(
-        "type",
-        kind_word(&inode.kind).to_owned(),
-        type_word(meta).to_owned(),
-    )?;
+/// Compares what `stat` shows of an object, size and times left out.
+pub fn attributes(path: &Path, meta: &Metadata, inode: &Inode) -> Result<()> {
+    differ(path, "type", kind_word(&inode.kind), type_word(meta))?;
     if !matches!(inode.kind, Kind::Symlink(_)) {
-        differ(
-            "mode",
-            format!("{:o}", inode.mode),
-            format!("{:o}", meta.mode() & 0o7777),
-        )?;
+        let actual = format!("{:o}", meta.mode() & 0o7777);
+        differ(path, "mode", format!("{:o}", inode.mode), actual)?;
     }
-    differ("uid", inode.uid.to_string(), meta.uid().to_string())?;
-    differ("gid", inode.gid.to_string(), meta.gid().to_string())?;
-    if let Some(nlink) = nlink {
-        differ("link count", nlink.to_string(), meta.nlink().to_string())?;
-    }
-    if inode.ino != 0 {
-        differ(
-            "inode number",
-            inode.ino.to_string(),
-            meta.ino().to_string(),
-        )?;
-    }
-    if let Some(mtime) = inode.mtime {
-        let (sec, nsec) = sys::mtime(meta);
-        differ(
-            "mtime",
-            format!("{}.{:09}", mtime.0, mtime.1),
-            format!("{sec}.{nsec:09}"),
-        )?;
-    }
+    differ(path, "uid", inode.uid, meta.uid())?;
+    differ(path, "gid", inode.gid, meta.gid())?;
     match &inode.kind {
-        Kind::File(data) => differ("size", data.size.to_string(), meta.len().to_string())?,
-        Kind::Symlink(target) => {
-            differ("size", target.len().to_string(), meta.len().to_string())?;
-        }
+        Kind::Symlink(target) => differ(path, "size", target.len(), meta.len()),
         Kind::Char(major, minor) => {
             let rdev = meta.rdev();
-            let actual = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
-            differ(
-                "device",
-                format!("{:?}", (*major, *minor)),
-                format!("{actual:?}"),
-            )?;
+            let actual = format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev));
+            differ(path, "device", format!("{major}:{minor}"), actual)
         }
-        Kind::Dir(_) | Kind::Fifo | Kind::Socket => {}
+        Kind::File(_) | Kind::Dir(_) | Kind::Fifo | Kind::Socket => Ok(()),
     }
-    Ok(())
+}
+
+/// Compares all that `stat` shows.
+pub fn stat(path: &Path, meta: &Metadata, inode: &Inode, nlink: Option<u64>) -> Result<()> {
+    attributes(path, meta, inode)?;
+    if let Some(nlink) = nlink {
+        differ(path, "link count", nlink, meta.nlink())?;
+    }
+    if inode.ino != 0 {
+        differ(path, "inode number", inode.ino, meta.ino())?;
+    }
+    if let Some(time) = inode.mtime {
+        mtime(path, meta, time)?;
+    }
+    match &inode.kind {
+        Kind::File(data) => differ(path, "size", data.size, meta.len()),
+        _ => Ok(()),
+    }
+}
+
+/// Compares the modification time.
+pub fn mtime(path: &Path, meta: &Metadata, (sec, nsec): (i64, u32)) -> Result<()> {
+    let actual = sys::mtime(meta);
+    differ(
+        path,
+        "mtime",
+        format!("{sec}.{nsec:09}"),
+        format!("{}.{:09}", actual.0, actual.1),
+    )
+}
+
+fn differ(path: &Path, what: &str, expected: impl ToString, actual: impl ToString) -> Result<()> {
+    let (expected, actual) = (expected.to_string(), actual.to_string());
+    if expected == actual {
+        return Ok(());
+    }
+    Err(StormError::mismatch(path, what, expected, actual))
 }
 
 /// Compares the target of a symbolic link.

@@ -85,11 +85,6 @@ impl ExtentMap {
         self.total
     }
 
-    /// Returns the number of extents.
-    pub fn len(&self) -> usize {
-        self.map.len()
-    }
-
     /// Tells whether `off` lies in an extent.
     pub fn covers(&self, off: u64) -> bool {
         self.map

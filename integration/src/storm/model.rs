@@ -179,13 +179,6 @@ impl Model {
         }
     }
 
-    /// Records a modification time that was read from the file system.
-    pub fn set_mtime(&mut self, id: Id, mtime: (i64, u32)) {
-        if let Some(inode) = self.inodes.get_mut(&id) {
-            inode.mtime = Some(mtime);
-        }
-    }
-
     /// Returns about how many bytes the files take.
     pub fn used(&self) -> u64 {
         self.used

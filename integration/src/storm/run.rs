@@ -175,9 +175,18 @@ fn prepare(args: &RunArgs, dir: &Path) -> Result<()> {
     let shared = ["shared".to_owned()]
         .into_iter()
         .chain((0..SHARED_DIRS).map(shared_dir));
+    let mut made = vec![dir.to_path_buf()];
     for name in own.chain(shared) {
         let path = dir.join(name);
         std::fs::create_dir(&path).call("mkdir", &path)?;
+        made.push(path);
+    }
+    // The logs take these directories as given; syncfs would not do, it ends in the kernel when
+    // the file system is a FUSE server.
+    for path in made {
+        std::fs::File::open(&path)
+            .and_then(|dir| dir.sync_all())
+            .call("fsync", &path)?;
     }
     Ok(())
 }

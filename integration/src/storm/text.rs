@@ -75,11 +75,6 @@ impl<'a> Words<'a> {
         String::from_utf8(self.bytes(field)?).map_err(|e| format!("{field}: {e}"))
     }
 
-    /// Takes the next word, if there is one.
-    pub fn optional(&mut self) -> Option<&'a str> {
-        self.0.next()
-    }
-
     /// Returns what is left as one line.
     pub fn rest(self) -> String {
         self.0.collect::<Vec<_>>().join(" ")

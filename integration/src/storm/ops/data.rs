@@ -262,7 +262,8 @@ impl Worker {
         let src_off = self.rng.below(size + 1);
         let off = self.random_off(to.id);
         let len = self.random_len().min(256 << 10);
-        let overlaps = from.id == to.id && src_off.abs_diff(off) < len;
+        // Within one file the source must not grow while it is copied.
+        let overlaps = from.id == to.id && (src_off.abs_diff(off) < len || src_off + len > size);
         if overlaps || src_off == size {
             return Ok(());
         }

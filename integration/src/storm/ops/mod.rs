@@ -8,12 +8,12 @@ mod names;
 use std::fs::File;
 use std::rc::Rc;
 
+use super::SHARED_DIRS;
 use super::caps::Caps;
 use super::effect::{Id, Name, Place};
 use super::error::{Context, Result};
 use super::rng::Rng;
 use super::worker::{FIRST_SHARED, Handle, ROOT, Worker};
-use super::{SHARED_DIRS, shared_dir};
 
 /// Longest path below the mount; leaves room below `PATH_MAX` for the mount's own path.
 const MAX_PATH: usize = 3300;
@@ -313,11 +313,6 @@ impl Worker {
         }
         name
     }
-}
-
-/// Returns the path of the shared directory with model id `id`.
-pub fn shared_path(id: Id) -> String {
-    shared_dir(id - FIRST_SHARED)
 }
 
 #[cfg(test)]

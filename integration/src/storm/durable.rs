@@ -1,1 +1,0 @@
-//! Checks after a crash.
