@@ -168,19 +168,22 @@ impl Log {
         let Some((_, begun)) = open.take().filter(|(begun, _)| *begun == number) else {
             return Err(format!("end of call {number}, which is not open"));
         };
-        self.calls.push(match kind {
+        let outcome = match kind {
             "E" => {
                 let ino = words.num("ino")?;
                 let rest = words.rest();
-                let effect = match rest.as_str() {
-                    "" => begun,
-                    rest => Effect::from_words(Words::new(rest))?,
-                };
-                Outcome::Done(effect, ino)
+                if rest.is_empty() {
+                    Outcome::Done(begun, ino)
+                } else {
+                    // It did a part of what was begun, and nobody knows about the remainder.
+                    self.calls.push(Outcome::Failed(begun));
+                    Outcome::Done(Effect::from_words(Words::new(&rest))?, ino)
+                }
             }
             "X" => Outcome::Failed(begun),
             other => return Err(format!("unknown record {other:?}")),
-        });
+        };
+        self.calls.push(outcome);
         Ok(())
     }
 }

@@ -218,15 +218,23 @@ impl Worker {
             StormError::Call { source, .. } => source.raw_os_error(),
             _ => None,
         };
-        let answers = matches!(errno, Some(libc::EIO | libc::EROFS));
-        match self.args.outage {
-            Outage::None => error,
-            Outage::Abort if answers => gone(errno),
-            // A process that dies leaves a moment in which cached answers and errors mix; only
-            // what is seen while the mount answers counts.
-            Outage::Kill | Outage::Abort if is_dead(&self.args.dir, errno) => gone(errno),
-            Outage::Kill | Outage::Abort => error,
+        // A file system that dies leaves a moment in which cached answers and errors mix; only
+        // what is seen while it lives counts against it.
+        let is_gone = match self.args.outage {
+            Outage::None => false,
+            Outage::Kill => is_dead(&self.args.dir, errno),
+            Outage::Abort => {
+                matches!(errno, Some(libc::EIO | libc::EROFS))
+                    || is_dead(&self.args.dir, errno)
+                    || refuses_sync(&self.args.dir)
+            }
+        };
+        if is_gone {
+            let errno = errno.unwrap_or(libc::ENOTCONN);
+            log::debug!("p{}: gone at: {error}", self.args.worker);
+            return StormError::Gone(io::Error::from_raw_os_error(errno));
         }
+        error
     }
 
     /// Notes in the messages what the step is about.
@@ -388,10 +396,10 @@ fn is_one_of(error: &io::Error, allowed: &[i32]) -> bool {
         .is_some_and(|errno| allowed.contains(&errno))
 }
 
-fn gone(errno: Option<i32>) -> StormError {
-    StormError::Gone(io::Error::from_raw_os_error(
-        errno.unwrap_or(libc::ENOTCONN),
-    ))
+/// Tells whether the file system has given up on writing.
+fn refuses_sync(dir: &Path) -> bool {
+    let synced = File::open(dir).and_then(|dir| dir.sync_all());
+    synced.is_err_and(|error| is_one_of(&error, &[libc::EIO, libc::EROFS, libc::ENOTCONN]))
 }
 
 /// Tells whether the mount has lost its server, with some patience where `errno` hints at it.

@@ -300,7 +300,12 @@ impl Worker {
                 self.abandon("copy_file_range", &error)?;
                 return self.salvage(&to, off, len, None);
             }
-            _ => {}
+            Err(error) => {
+                self.end(&actual, 0, true)?;
+                log::debug!("copy ended after {done} of {len} bytes: {error}");
+                return self.salvage(&to, off + done, len - done, None);
+            }
+            Ok(()) => {}
         }
         self.end(&actual, 0, done != len)?;
         if self.rng.chance(40) {
@@ -388,16 +393,12 @@ impl Worker {
                 self.abandon("write", &error)?;
                 return self.salvage(handle, off, len, Some(stamp));
             }
-            Err(_) => self.end(
-                &Effect::Write {
-                    id,
-                    off,
-                    len: done,
-                    stamp,
-                },
-                0,
-                true,
-            )?,
+            Err(error) => {
+                self.end(&Effect::Write { id, off, len: done, stamp }, 0, true)?;
+                // Seen with O_DIRECT: more is there than the count says.
+                log::debug!("write ended after {done} of {len} bytes: {error}");
+                return self.salvage(handle, off + done, len - done, Some(stamp));
+            }
         }
         if self.rng.chance(20) {
             let from = off.saturating_sub(100);
@@ -420,17 +421,10 @@ impl Worker {
             let range = format!("{}..={largest}", old.size);
             return Err(StormError::mismatch(path, "size after ENOSPC", range, size));
         }
-        let before = off.saturating_sub(1 << 20);
-        compare::range(
-            &handle.file,
-            path,
-            &old,
-            &self.source,
-            before,
-            (off - before).min(size),
-        )?;
         let mut new = old.clone();
         new.size = size;
+        let before = off.saturating_sub(1 << 20);
+        compare::range(&handle.file, path, &new, &self.source, before, off - before)?;
         if off + len < old.size {
             let rest = (old.size - off - len).min(1 << 20);
             compare::range(&handle.file, path, &new, &self.source, off + len, rest)?;
