@@ -215,11 +215,21 @@ mod tests {
         model[300..300 + 2 * CHUNK].fill(0);
         assert_eq!(image.to_vec(), model);
         assert_eq!(Image::from_bytes(&model), image);
-        let file = tempfile::NamedTempFile::new().unwrap();
-        image.save(file.path()).unwrap();
-        assert_eq!(Image::open(file.path()).unwrap(), image);
         let mut part = vec![9; 1000];
         image.read_at(3 * CHUNK - 500, &mut part);
         assert_eq!(part, &model[3 * CHUNK - 500..3 * CHUNK + 500]);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "needs a file system that knows holes")]
+    fn files_come_back_with_their_holes() {
+        let mut image = Image::zeroed(SectorCount::new(4096));
+        image.write_at(5 * CHUNK + 512, &[7; 1024]);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        image.save(file.path()).unwrap();
+        assert_eq!(Image::open(file.path()).unwrap(), image);
+        let blocks = std::fs::metadata(file.path())
+            .map(|metadata| std::os::unix::fs::MetadataExt::blocks(&metadata));
+        assert!(blocks.unwrap() <= 256);
     }
 }

@@ -20,6 +20,7 @@
 mod open;
 mod request;
 #[cfg(test)]
+#[cfg(not(miri))]
 mod tests;
 mod threads;
 mod uring;

@@ -12,7 +12,9 @@ use crate::{
 };
 
 fn image(bytes: u64) -> tempfile::NamedTempFile {
-    let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    // Beside the test program: `/tmp` may be in memory, and the source tree is not ours to litter.
+    let program = std::env::current_exe().unwrap();
+    let file = tempfile::NamedTempFile::new_in(program.parent().unwrap()).unwrap();
     file.as_file().set_len(bytes).unwrap();
     file
 }
