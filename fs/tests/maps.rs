@@ -101,6 +101,9 @@ impl Image {
     }
 }
 
+/// For what need only come to an end.
+fn ends<T>(_: T) {}
+
 struct Rng(u64);
 
 impl Rng {
@@ -718,4 +721,174 @@ fn threads_share_the_allocator() {
         });
         image.check(fs, "");
     }
+}
+
+/// Bytes of metadata changed at random: operations end, in an error or not, and nothing panics.
+#[test]
+fn damaged_images_give_errors() {
+    let kinds = [
+        "-t ext2 -b 1024 -g 1024",
+        "-t ext4 -b 1024 -g 1024 -O ^has_journal,^metadata_csum,^uninit_bg",
+        "-t ext4 -b 1024 -g 1024 -G 4 -O ^has_journal",
+    ];
+    for kind in kinds {
+        let extents = kind.contains("ext4");
+        let mut image = Image::new(kind, "6M", &with_files(4));
+        let fs = image.mount();
+        let mut blocks: Vec<u64> = (0..8).map(|g| fs.geo.group_desc_at(g).0).collect();
+        for i in 0..4 {
+            let mut file = File::open(&fs, FIRST_FILE + i, extents);
+            storm(
+                &fs,
+                &mut file,
+                &mut Rng(3 + u64::from(i)),
+                extents,
+                60,
+                2000,
+            );
+            for l in 0..200 {
+                file.insert(&fs, 3000 + l * 2, 1, Written::Yes).unwrap();
+            }
+            // The blocks of the map: what the file uses beside its data.
+            let data = file.inode.data.read();
+            let at = if extents { 16..20 } else { 48..52 };
+            let bytes: [u8; 4] = data.block[at].try_into().unwrap();
+            blocks.push(u64::from(u32::from_le_bytes(bytes)));
+        }
+        for g in 0..fs.geo.group_count {
+            blocks.push(fs.inode_table(g).unwrap());
+        }
+        image.check(fs, "");
+        let good = std::fs::read(image.file.path()).unwrap();
+        for seed in 1..60u64 {
+            let mut rng = Rng(seed * 0x1234_5677);
+            let mut bytes = good.clone();
+            for _ in 0..1 + rng.below(12) {
+                let block = match rng.below(3) {
+                    0 => 3 + u64::from(rng.below(100)),
+                    _ => blocks[rng.below(blocks.len() as u32) as usize],
+                };
+                let at = block as usize * 1024 + rng.below(1024) as usize;
+                if let Some(byte) = bytes.get_mut(at) {
+                    *byte = rng.next() as u8;
+                }
+            }
+            let disk = MemDisk::from_bytes("damaged", bytes);
+            let Ok(fs) = Fs::mount(disk, MountOptions::default()) else {
+                continue;
+            };
+            for i in 0..4 {
+                let Ok(data) = fs.read_inode(FIRST_FILE + i) else {
+                    continue;
+                };
+                let inode = Inode::new(&fs.geo, FIRST_FILE + i, data);
+                let mut data = inode.data.write();
+                for _ in 0..40 {
+                    let mut h = fs.journal.start(200).unwrap();
+                    let (at, len) = (rng.below(4000), 1 + rng.below(50));
+                    let d = &mut *data;
+                    match rng.below(7) {
+                        0 => ends(map::lookup(&fs, &inode, d, at, len)),
+                        1 => ends(map::remove(&fs, &mut h, &inode, d, at, at + len)),
+                        2 => ends(map::convert(&fs, &h, &inode, d, at, len)),
+                        3 => ends(map::collapse(&fs, &mut h, &inode, d, at, len)),
+                        4 => ends(map::insert_range(&fs, &mut h, &inode, d, at, len)),
+                        5 => ends(fs.alloc.alloc_inode(&h, 2, InodeUse::Other)),
+                        _ => {
+                            let goal = fs.alloc.goal_for(inode.ino, d, at);
+                            let run = fs.alloc.reserve(goal, len, 1, Privilege::Root);
+                            if let Ok(run) = run
+                                && fs.alloc.commit_run(&h, run).is_ok()
+                            {
+                                ends(map::insert(&fs, &h, &inode, d, at, run, Written::Yes));
+                            }
+                        }
+                    }
+                }
+                let mut h = fs.journal.start(200).unwrap();
+                ends(map::remove(&fs, &mut h, &inode, &mut data, 0, u32::MAX));
+            }
+        }
+    }
+}
+
+/// A removal that no single transaction could hold.
+#[test]
+fn a_removal_goes_on_over_restarts() {
+    for (kind, extents) in [
+        ("-t ext4 -b 1024 -O ^has_journal", true),
+        ("-t ext2 -b 1024", false),
+    ] {
+        let mut image = Image::new(kind, "64M", &with_files(2));
+        let fs = image.mount();
+        let mut files: Vec<File> = (0..2)
+            .map(|i| File::open(&fs, FIRST_FILE + i, extents))
+            .collect();
+        for i in 0..4000 {
+            let file = &mut files[i % 2];
+            file.insert(&fs, i as u32 * 3, 1, Written::Yes).unwrap();
+        }
+        files[0].change(
+            &fs,
+            |h, inode, data| {
+                h.restart(8)?;
+                map::remove(&fs, h, inode, data, 0, u32::MAX)
+            },
+            BTreeMap::clear,
+        );
+        files[0].check(&fs, 20_000);
+        files[1].check(&fs, 20_000);
+        drop(files);
+        image.check(fs, "");
+    }
+}
+
+/// Not a test: prints what the common paths cost.
+#[test]
+#[ignore = "prints times; run it in a release build"]
+fn costs() {
+    let mut image = Image::new("-t ext4 -b 4096 -O ^has_journal", "256M", &with_files(2));
+    let fs = image.mount();
+    let time = |what: &str, n: u32, f: &mut dyn FnMut(u32)| {
+        let begin = std::time::Instant::now();
+        (0..n).for_each(f);
+        println!("{what}: {} ns", begin.elapsed().as_nanos() / u128::from(n));
+    };
+    let mut file = File::open(&fs, FIRST_FILE, true);
+    file.insert(&fs, 0, 1000, Written::Yes).unwrap();
+    let data = file.inode.data.read().clone();
+    time("lookup, tree in the inode", 1_000_000, &mut |i| {
+        std::hint::black_box(map::lookup(&fs, &file.inode, &data, i % 1000, 8).unwrap());
+    });
+    let mut other = File::open(&fs, FIRST_FILE + 1, true);
+    for i in 0..2000 {
+        other.insert(&fs, i * 2, 1, Written::Yes).unwrap();
+    }
+    let data = other.inode.data.read().clone();
+    time("lookup, tree of two levels", 1_000_000, &mut |i| {
+        std::hint::black_box(map::lookup(&fs, &other.inode, &data, i % 4000, 8).unwrap());
+    });
+    let h = fs.journal.start(100).unwrap();
+    let goal = 20_000;
+    let mut runs = Vec::new();
+    time("reserve one block", 10_000, &mut |_| {
+        runs.push(fs.alloc.reserve(goal, 1, 1, Privilege::User).unwrap());
+    });
+    time("commit one block", 10_000, &mut |i| {
+        fs.alloc.commit_run(&h, runs[i as usize]).unwrap();
+    });
+    time("free one block", 10_000, &mut |i| {
+        fs.alloc
+            .free(&h, runs[i as usize].start, 1, BlockUse::Data)
+            .unwrap();
+    });
+    let mut inodes = Vec::new();
+    time("take an inode", 5_000, &mut |_| {
+        inodes.push(fs.alloc.alloc_inode(&h, 2, InodeUse::Other).unwrap());
+    });
+    time("free an inode", 5_000, &mut |i| {
+        fs.alloc
+            .free_inode(&h, inodes[i as usize], InodeUse::Other)
+            .unwrap();
+    });
 }
