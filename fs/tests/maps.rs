@@ -869,10 +869,12 @@ fn costs() {
         std::hint::black_box(map::lookup(&fs, &other.inode, &data, i % 4000, 8).unwrap());
     });
     let h = fs.journal.start(100).unwrap();
-    let goal = 20_000;
-    let mut runs = Vec::new();
+    let mut goal = 20_000;
+    let mut runs = Vec::with_capacity(10_000);
     time("reserve one block", 10_000, &mut |_| {
-        runs.push(fs.alloc.reserve(goal, 1, 1, Privilege::User).unwrap());
+        let run = fs.alloc.reserve(goal, 1, 1, Privilege::User).unwrap();
+        goal = run.start + 1;
+        runs.push(run);
     });
     time("commit one block", 10_000, &mut |i| {
         fs.alloc.commit_run(&h, runs[i as usize]).unwrap();

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use bufio::no_check;
 
-use super::group::{Desc, Group, base_metadata, bitmap_csum, part_in};
+use super::group::{Group, base_metadata, bitmap_csum, part_in};
 use super::view::{FreeMap, Span};
 use super::{Alloc, BlockUse, Privilege, Run, bits};
 use crate::error::{FsError, FsResult};
@@ -200,8 +200,8 @@ impl Alloc {
         for (g, span) in self.pieces(run.start, run.len) {
             let group = self.group(g)?;
             let _disk = group.disk.lock();
-            let desc = self.init_block_bitmap(h, g)?;
-            let buffer = self.core.bufs.read(desc.block_bitmap, no_check())?;
+            self.init_block_bitmap(h, g, group)?;
+            let buffer = self.core.bufs.read(group.block_bitmap, no_check())?;
             let csum = {
                 let mut data = h.write_class(&buffer, Class::Bitmaps)?;
                 if bits::all_clear(&data, span.start, span.len) {
@@ -217,7 +217,7 @@ impl Alloc {
             };
             let Some(csum) = csum else {
                 let what = "block bitmap: a free block is marked used";
-                return Err(self.core.corrupt(what, desc.block_bitmap, 0));
+                return Err(self.core.corrupt(what, group.block_bitmap, 0));
             };
             self.change_desc(h, g, |desc| {
                 desc.free_blocks = desc.free_blocks.saturating_sub(span.len);
@@ -267,13 +267,13 @@ impl Alloc {
                     .core
                     .corrupt("group: blocks freed in a damaged one", pblk, 0));
             }
-            let desc = self.desc(g)?;
-            if self.uninit(&desc, GroupFlags::BLOCK_UNINIT) || self.overlaps_own(g, span)? {
+            let uninit = group.block_uninit.load(Ordering::Relaxed);
+            if uninit || overlaps(group.own.get().map(|own| &**own), span) {
                 return Err(self
                     .core
                     .corrupt("freed block: the filesystem's own", pblk, 0));
             }
-            let buffer = self.core.bufs.read(desc.block_bitmap, no_check())?;
+            let buffer = self.core.bufs.read(group.block_bitmap, no_check())?;
             let csum = {
                 let mut data = h.write_class(&buffer, Class::Bitmaps)?;
                 if bits::all_set(&data, span.start, span.len) {
@@ -385,14 +385,6 @@ impl Alloc {
         Ok(())
     }
 
-    fn overlaps_own(&self, g: u32, span: Span) -> FsResult<bool> {
-        let mut overlap = false;
-        self.own_blocks(g, |own| {
-            overlap |= own.start < span.start + span.len && span.start < own.start + own.len;
-        })?;
-        Ok(overlap)
-    }
-
     /// Makes sure that a group has its view of blocks.
     pub(super) fn load_blocks(&self, g: u32) -> FsResult {
         let group = self.group(g)?;
@@ -405,7 +397,7 @@ impl Alloc {
         if group.blocks.lock().is_some() || group.bad_blocks.load(Ordering::Relaxed) {
             return Ok(());
         }
-        match self.read_view(g) {
+        match self.read_view(g, group) {
             Ok(map) => {
                 let mut view = group.blocks.lock();
                 group.publish_blocks(&map);
@@ -425,7 +417,7 @@ impl Alloc {
     }
 
     /// Derives the view from what the disk (or the running transaction) has.
-    fn read_view(&self, g: u32) -> FsResult<FreeMap> {
+    fn read_view(&self, g: u32, group: &Group) -> FsResult<FreeMap> {
         let geo = &self.core.geo;
         let desc = self.desc(g)?;
         let mut map = if self.uninit(&desc, GroupFlags::BLOCK_UNINIT) {
@@ -443,9 +435,11 @@ impl Alloc {
             }
             FreeMap::from_used(&data, geo.group_blocks(g))
         };
-        let mut own = 0;
-        self.own_blocks(g, |span| own += map.exclude(span))?;
-        if own > 0 {
+        let mut own = Vec::new();
+        self.own_blocks(g, |span| own.push(span))?;
+        let lied: u32 = own.iter().map(|span| map.exclude(*span)).sum();
+        group.own.get_or_init(|| own.into());
+        if lied > 0 {
             let what = "block bitmap: metadata marked free";
             return Err(self.core.corrupt(what, desc.block_bitmap, 0));
         }
@@ -472,13 +466,12 @@ impl Alloc {
     }
 
     /// Writes the bitmap of a group that has none yet; the caller holds the group's disk lock.
-    pub(super) fn init_block_bitmap(&self, h: &Handle, g: u32) -> FsResult<Desc> {
-        let desc = self.desc(g)?;
-        if !self.uninit(&desc, GroupFlags::BLOCK_UNINIT) {
-            return Ok(desc);
+    pub(super) fn init_block_bitmap(&self, h: &Handle, g: u32, group: &Group) -> FsResult {
+        if !group.block_uninit.load(Ordering::Relaxed) {
+            return Ok(());
         }
         let bitmap = self.fresh_bitmap(g)?;
-        let buffer = h.create(desc.block_bitmap, no_check())?;
+        let buffer = h.create(group.block_bitmap, no_check())?;
         {
             let mut data = h.write_class(&buffer, Class::Bitmaps)?;
             data.copy_from_slice(&bitmap);
@@ -487,8 +480,14 @@ impl Alloc {
             desc.flags.remove(GroupFlags::BLOCK_UNINIT);
             desc.seal_blocks(&self.core.geo, &bitmap);
         })?;
-        self.desc(g)
+        group.block_uninit.store(false, Ordering::Relaxed);
+        Ok(())
     }
+}
+
+fn overlaps(own: Option<&[Span]>, span: Span) -> bool {
+    let hits = |own: &Span| own.start < span.start + span.len && span.start < own.start + own.len;
+    own.is_none_or(|all| all.iter().any(hits))
 }
 
 /// A checksum as far as a descriptor of this size holds it.

@@ -1,5 +1,6 @@
 //! One block group: its descriptor, and its state in memory.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use blockstack::sync::{Mutex, Rank};
@@ -244,7 +245,7 @@ pub(super) fn part_in(geo: &Geometry, group: u32, start: u64, len: u32, f: &mut 
     let first = geo.group_first_block(group);
     let end = first + u64::from(geo.group_blocks(group));
     let from = start.max(first);
-    let to = (start + u64::from(len)).min(end);
+    let to = start.saturating_add(u64::from(len)).min(end);
     if from < to {
         f(Span {
             start: (from - first) as u32,
@@ -260,6 +261,11 @@ pub(super) struct Group {
     /// Held over a change of bitmap and descriptor on disk, so that the checksum of the one in the
     /// other is never of an older content. I/O may be awaited under it.
     pub(super) disk: Mutex<()>,
+    pub(super) block_bitmap: u64,
+    /// The bitmap on disk is not initialized yet; changed under `disk`.
+    pub(super) block_uninit: AtomicBool,
+    /// The file system's own blocks in this group; set when the view of blocks is made.
+    pub(super) own: OnceLock<Box<[Span]>>,
     pub(super) blocks: Mutex<Option<FreeMap>>,
     pub(super) inodes: Mutex<Option<FreeMap>>,
     pub(super) free_blocks: AtomicU32,
@@ -275,6 +281,10 @@ impl Group {
     pub(super) fn new(desc: &Desc) -> Self {
         Self {
             disk: Mutex::new(Rank::ExtentTree, ()),
+            block_bitmap: desc.block_bitmap,
+            // Empty without descriptor checksums.
+            block_uninit: AtomicBool::new(desc.flags.contains(GroupFlags::BLOCK_UNINIT)),
+            own: OnceLock::new(),
             blocks: Mutex::new(Rank::BlockGroup, None),
             inodes: Mutex::new(Rank::BlockGroup, None),
             free_blocks: AtomicU32::new(desc.free_blocks),

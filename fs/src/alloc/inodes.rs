@@ -102,11 +102,9 @@ impl Alloc {
     fn mark_inode(&self, h: &Handle, g: u32, group: &Group, at: u32, what: InodeUse) -> FsResult {
         let geo = &self.core.geo;
         let _disk = group.disk.lock();
-        let mut desc = self.desc(g)?;
         // A group with inodes in use must have both bitmaps, or e2fsck complains.
-        if self.uninit(&desc, GroupFlags::BLOCK_UNINIT) {
-            desc = self.init_block_bitmap(h, g)?;
-        }
+        self.init_block_bitmap(h, g, group)?;
+        let desc = self.desc(g)?;
         let buffer = if self.uninit(&desc, GroupFlags::INODE_UNINIT) {
             let buffer = h.create(desc.inode_bitmap, no_check())?;
             let mut data = h.write_class(&buffer, Class::Bitmaps)?;
