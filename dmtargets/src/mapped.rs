@@ -1,0 +1,529 @@
+//! A device made of a table.
+//!
+//! The live table hangs on one atomic pointer: a bio takes a reference, and that reference, kept
+//! until the bio has ended, is also what a suspend waits for. A suspended device has the same table
+//! under another pointer, marked as not running; its bios are deferred until the next resume.
+//!
+//! # Locking
+//!
+//! submit:          none but leaves (the pools)
+//! submit, stopped: gate (leaf)
+//! suspend, resume: admin -> gate, released before targets are told or bios are submitted
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use blockstack::device::Stats;
+use blockstack::sync::{Condvar, Mutex, Rank, assert_may_wait};
+use blockstack::units::SECTOR_SHIFT;
+use blockstack::{
+    Bio, BioFlags, BioSet, BlkError, BlkResult, BlockDevice, DynDevice, Limits, Op, Sector,
+    SectorCount, Wait, submit_bio,
+};
+
+use crate::args::{Args, CtrError};
+use crate::flush::FlushPlan;
+use crate::linear::Linear;
+use crate::row::{Row, Sets};
+use crate::table::{Table, TableError, TableRow, print_rows};
+use crate::target::{DevRange, Event, Suspend};
+
+/// Bios of each kind that a device has for its clones, where nothing else is asked for.
+const BIOS: usize = 256;
+
+/// A counter that can be waited for.
+pub(crate) struct Events {
+    count: AtomicU64,
+    lock: Mutex<()>,
+    raised: Condvar,
+}
+
+impl Events {
+    pub(crate) fn raise(&self) {
+        self.count.fetch_add(1, Ordering::AcqRel);
+        drop(self.lock.lock_nested());
+        self.raised.notify_all();
+    }
+}
+
+/// Longest bio of each kind in a row, in sectors; zero where not supported.
+#[derive(Clone, Copy)]
+struct Longest {
+    data: u64,
+    discard: u64,
+    zeroes: u64,
+}
+
+/// A table in the hands of a device.
+pub(crate) struct Bound {
+    pub(crate) rows: Vec<TableRow>,
+    longest: Vec<Longest>,
+    limits: Limits,
+    pub(crate) flush: FlushPlan,
+}
+
+impl Bound {
+    fn new(table: Table, sets: &Sets, events: &Arc<Events>) -> Result<Self, TableError> {
+        let mut limits = Limits::UNLIMITED;
+        let mut longest = Vec::with_capacity(table.rows.len());
+        for row in &table.rows {
+            let mut below = Limits::UNLIMITED;
+            for range in row.row.devices() {
+                below = below.stack(range.dev().limits());
+            }
+            row.row.limits(&mut below);
+            let unit = u64::from(below.logical_block_size >> SECTOR_SHIFT);
+            let whole = |sectors: u64| {
+                if sectors > unit {
+                    sectors - sectors % unit
+                } else {
+                    sectors
+                }
+            };
+            longest.push(Longest {
+                data: whole(u64::from(below.max_sectors)).max(unit),
+                discard: whole(below.max_discard_sectors),
+                zeroes: whole(below.max_write_zeroes_sectors),
+            });
+            limits = limits.stack(below);
+            row.row.bind(sets);
+            row.notifier.0.get_or_init(|| events.clone());
+        }
+        let unit = u64::from(limits.logical_block_size >> SECTOR_SHIFT);
+        let inside = |row: &TableRow| row.start.raw() % unit != 0 || row.end() % unit != 0;
+        if let Some(row) = table.rows.iter().position(inside) {
+            return Err(TableError::Unaligned {
+                row: row + 1,
+                block_size: limits.logical_block_size,
+            });
+        }
+        let flush = FlushPlan::new(&table.rows);
+        Ok(Self {
+            rows: table.rows,
+            longest,
+            limits,
+            flush,
+        })
+    }
+
+    /// No table: what a removed device has.
+    fn nothing() -> Self {
+        Self {
+            rows: Vec::new(),
+            longest: Vec::new(),
+            limits: Limits::UNLIMITED,
+            flush: FlushPlan::new(&[]),
+        }
+    }
+
+    fn capacity(&self) -> SectorCount {
+        SectorCount::new(self.rows.last().map_or(0, TableRow::end))
+    }
+
+    fn find(&self, sector: Sector) -> Option<usize> {
+        let after = self.rows.partition_point(|row| row.start <= sector);
+        let at = after.checked_sub(1)?;
+        (sector.raw() < self.rows[at].end()).then_some(at)
+    }
+
+    /// How much of `bio` the row may get at once; zero where the row does not support it.
+    fn front(&self, at: usize, bio: &Bio) -> u64 {
+        let row = &self.rows[at];
+        let mut len = bio.len().raw().min(row.end() - bio.sector().raw());
+        if let Some(max) = row.max_io {
+            let inside = (bio.sector().raw() - row.start.raw()) % max.raw();
+            len = len.min(max.raw() - inside);
+        }
+        let longest = &self.longest[at];
+        len.min(match bio.op() {
+            Op::Read | Op::Write => longest.data,
+            Op::Discard => longest.discard,
+            Op::WriteZeroes => longest.zeroes,
+            Op::Flush => 0,
+        })
+    }
+}
+
+/// A table as bios see it.
+pub(crate) struct Live {
+    pub(crate) bound: Arc<Bound>,
+    running: bool,
+    gate: Arc<Gate>,
+}
+
+impl Live {
+    pub(crate) fn row(&self, at: usize) -> Option<&dyn Row> {
+        self.bound.rows.get(at).map(|row| row.row.as_ref())
+    }
+
+    /// Holds `parent` until the next resume.
+    pub(crate) fn requeue(self: Arc<Self>, parent: Bio) {
+        self.gate.deferred.lock_nested().push_back(parent);
+        release(self);
+    }
+}
+
+/// What a stopped device has.
+struct Gate {
+    deferred: Mutex<VecDeque<Bio>>,
+    /// Somebody waits for bios to end.
+    draining: AtomicBool,
+    drained: Condvar,
+}
+
+/// Ends `parent`, which was on its way under `live`.
+pub(crate) fn finish(live: Arc<Live>, parent: Bio, res: BlkResult) {
+    parent.complete(res);
+    release(live);
+}
+
+pub(crate) fn release(live: Arc<Live>) {
+    let draining = live.gate.draining.load(Ordering::SeqCst);
+    let gate = draining.then(|| live.gate.clone());
+    drop(live);
+    if let Some(gate) = gate {
+        gate.drained.notify_all();
+    }
+}
+
+/// See the module's documentation.
+pub struct MappedDevice {
+    name: String,
+    live: ArcSwap<Live>,
+    gate: Arc<Gate>,
+    sets: Sets,
+    /// Front pieces of bios that are too long.
+    pieces: BioSet<()>,
+    events: Arc<Events>,
+    /// One administrative call at a time; holds the table that was loaded and is not live. Those
+    /// calls come with no lock held, hence the outermost rank.
+    admin: Mutex<Option<Arc<Bound>>>,
+    stats: Stats,
+}
+
+impl MappedDevice {
+    /// Makes a device of `table` and starts it.
+    ///
+    /// # Errors
+    /// Where rows and devices do not fit together.
+    pub fn create(name: &str, table: Table) -> Result<Arc<Self>, TableError> {
+        Self::with_bios(name, table, BIOS)
+    }
+
+    /// As [`Self::create`], with `bios` bios of each kind for clones; one is enough.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub fn with_bios(name: &str, table: Table, bios: usize) -> Result<Arc<Self>, TableError> {
+        let events = Arc::new(Events {
+            count: AtomicU64::new(0),
+            lock: Mutex::new(Rank::Pool, ()),
+            raised: Condvar::new(),
+        });
+        let sets = Sets::new(name, bios);
+        let gate = Arc::new(Gate {
+            deferred: Mutex::new(Rank::Pool, VecDeque::new()),
+            draining: AtomicBool::new(false),
+            drained: Condvar::new(),
+        });
+        let live = Live {
+            bound: Arc::new(Bound::new(table, &sets, &events)?),
+            running: true,
+            gate: gate.clone(),
+        };
+        Ok(Arc::new(Self {
+            name: name.to_owned(),
+            live: ArcSwap::from_pointee(live),
+            gate,
+            sets,
+            pieces: BioSet::new(name, bios),
+            events,
+            admin: Mutex::new(Rank::Mount, None),
+            stats: Stats::default(),
+        }))
+    }
+
+    /// Loads a table that becomes live at the next [`Self::resume`].
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub fn load(&self, table: Table) -> Result<(), TableError> {
+        let bound = Bound::new(table, &self.sets, &self.events)?;
+        *self.admin.lock() = Some(Arc::new(bound));
+        Ok(())
+    }
+
+    /// Drops a table that was loaded and is not live.
+    pub fn clear(&self) {
+        let loaded = self.admin.lock().take();
+        drop(loaded);
+    }
+
+    /// Stops the device: bios that come are deferred, and those on their way are waited for.
+    ///
+    /// # Errors
+    /// What a target reports; the device is stopped all the same.
+    pub fn suspend(&self, mode: Suspend) -> BlkResult {
+        assert_may_wait();
+        let _admin = self.admin.lock();
+        self.stop(mode)
+    }
+
+    fn stop(&self, mode: Suspend) -> BlkResult {
+        let live = self.live.load_full();
+        if !live.running {
+            return Ok(());
+        }
+        let before = tell(&live.bound, Event::Presuspend(mode));
+        let bound = live.bound.clone();
+        drop(live);
+        self.gate.draining.store(true, Ordering::SeqCst);
+        let old = self.enter(bound.clone(), false);
+        let mut deferred = self.gate.deferred.lock_nested();
+        while Arc::strong_count(&old) > 1 {
+            // The last bio may have looked at `draining` too early; the timeout makes that good.
+            self.gate
+                .drained
+                .wait_for(&mut deferred, Duration::from_millis(1));
+        }
+        drop(deferred);
+        self.gate.draining.store(false, Ordering::SeqCst);
+        before.and(tell(&bound, Event::Postsuspend))
+    }
+
+    /// Makes a table the live one; gives back what was live.
+    fn enter(&self, bound: Arc<Bound>, running: bool) -> Arc<Live> {
+        let live = Arc::new(Live {
+            bound,
+            running,
+            gate: self.gate.clone(),
+        });
+        self.live.swap(live)
+    }
+
+    /// Starts the device, with the table loaded last where there is one; a running device is
+    /// suspended for the change.
+    ///
+    /// # Errors
+    /// What a target reports; the device stays stopped.
+    pub fn resume(&self) -> BlkResult {
+        let mut admin = self.admin.lock();
+        let running = self.live.load().running;
+        if running && admin.is_none() {
+            return Ok(());
+        }
+        if running {
+            self.stop(Suspend::Flush)?;
+        }
+        let bound = match admin.take() {
+            Some(loaded) => loaded,
+            None => self.live.load().bound.clone(),
+        };
+        if let Err(error) = tell(&bound, Event::Preresume) {
+            *admin = Some(bound);
+            return Err(error);
+        }
+        self.go(bound.clone());
+        tell(&bound, Event::Resume)
+    }
+
+    fn go(&self, bound: Arc<Bound>) {
+        let mut gate = self.gate.deferred.lock_nested();
+        // Under the gate: who defers looks again while holding it.
+        let old = self.enter(bound, true);
+        let deferred = std::mem::take(&mut *gate);
+        drop(gate);
+        drop(old);
+        deferred.into_iter().for_each(submit_bio);
+    }
+
+    /// Stops the device for ever: deferred and later bios end with an error, and the devices below
+    /// are let go.
+    pub fn remove(&self) {
+        let mut admin = self.admin.lock();
+        if let Err(error) = self.stop(Suspend::NoFlush) {
+            log::warn!("{}: remove: {error}", self.name);
+        }
+        *admin = None;
+        self.go(Arc::new(Bound::nothing()));
+    }
+
+    /// Whether bios are deferred.
+    #[must_use]
+    pub fn is_suspended(&self) -> bool {
+        !self.live.load().running
+    }
+
+    /// The live table as `dmsetup table` prints it.
+    #[must_use]
+    pub fn table(&self) -> String {
+        self.print(|row, out| row.table_args(out))
+    }
+
+    /// What `dmsetup status` prints.
+    #[must_use]
+    pub fn status(&self) -> String {
+        self.print(|row, out| row.status(out))
+    }
+
+    fn print(&self, words: fn(&dyn Row, &mut dyn fmt::Write) -> fmt::Result) -> String {
+        let mut out = String::new();
+        if print_rows(&self.live.load().bound.rows, &mut out, words).is_err() {
+            log::error!("{}: a target could not print itself", self.name);
+        }
+        out
+    }
+
+    /// Sends a message to the target of `sector`, and gives its answer.
+    ///
+    /// # Errors
+    /// The target's, or where there is none.
+    pub fn message(&self, sector: Sector, text: &str) -> Result<String, CtrError> {
+        let live = self.live.load_full();
+        let words: Vec<&str> = text.split_ascii_whitespace().collect();
+        let row = live.bound.find(sector).and_then(|at| live.row(at));
+        let answer = match row {
+            Some(row) => row.message(&mut Args::new(&words, 1)),
+            None => Err(CtrError::Unfit("no target at this sector")),
+        };
+        release(live);
+        answer
+    }
+
+    /// Events of the targets so far.
+    #[must_use]
+    pub fn event_count(&self) -> u64 {
+        self.events.count.load(Ordering::Acquire)
+    }
+
+    /// Waits until there were other than `seen` events, or the time is over; gives their count.
+    #[must_use]
+    pub fn wait_event(&self, seen: u64, timeout: Duration) -> u64 {
+        assert_may_wait();
+        let deadline = Instant::now() + timeout;
+        let mut lock = self.events.lock.lock_nested();
+        while self.event_count() == seen && self.events.raised.wait_until(&mut lock, deadline) {}
+        self.event_count()
+    }
+
+    /// The devices below, each once.
+    #[must_use]
+    pub fn devices(&self) -> Vec<DynDevice> {
+        self.live.load().bound.flush.devices().to_vec()
+    }
+
+    fn process(&self, live: &Arc<Live>, mut bio: Bio) {
+        let bound = &live.bound;
+        let flushes = bio.op() == Op::Flush
+            || bio.is_empty()
+            || (bio.flags().contains(BioFlags::PREFLUSH) && !bound.flush.may_ride());
+        if flushes {
+            crate::flush::fan_out(live, bio);
+            return;
+        }
+        let Some(at) = bound.find(bio.sector()) else {
+            bio.complete(Err(BlkError::OutOfRange));
+            return;
+        };
+        let front = bound.front(at, &bio);
+        if front == 0 {
+            bio.complete(Err(BlkError::NotSupported));
+            return;
+        }
+        if front < bio.len().raw() {
+            let piece = bio.split(SectorCount::new(front), &self.pieces, Wait::Yes);
+            let Some(piece) = piece else {
+                bio.complete(Err(BlkError::NoMemory));
+                return;
+            };
+            // Onto the thread's list, behind what the front sends down.
+            submit_bio(bio);
+            bio = piece;
+        }
+        let row = &bound.rows[at];
+        row.row.map(live, at, row.start, bio);
+    }
+
+    fn defer(&self, bio: Bio) -> Option<Bio> {
+        let mut deferred = self.gate.deferred.lock_nested();
+        if self.live.load().running {
+            return Some(bio);
+        }
+        deferred.push_back(bio);
+        None
+    }
+}
+
+fn tell(bound: &Bound, event: Event) -> BlkResult {
+    bound
+        .rows
+        .iter()
+        .map(|row| row.row.event(event))
+        .fold(Ok(()), BlkResult::and)
+}
+
+impl BlockDevice for MappedDevice {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn capacity(&self) -> SectorCount {
+        self.live.load().bound.capacity()
+    }
+
+    fn limits(&self) -> Limits {
+        self.live.load().bound.limits
+    }
+
+    fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    fn submit(&self, mut bio: Bio) {
+        loop {
+            // A guard, not a count: a suspend that swaps the pointer makes it one.
+            let live = self.live.load();
+            if live.running {
+                self.process(&live, bio);
+                return;
+            }
+            drop(live);
+            match self.defer(bio) {
+                None => return,
+                Some(again) => bio = again,
+            }
+        }
+    }
+}
+
+impl fmt::Debug for MappedDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MappedDevice")
+            .field("name", &self.name)
+            .field("suspended", &self.is_suspended())
+            .field("table", &self.table())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A device that is `len` sectors of `dev` from `start` on.
+///
+/// # Errors
+/// Where the range is not on `dev`, or not on its block boundaries.
+pub fn linear_over(
+    dev: DynDevice,
+    start: Sector,
+    len: SectorCount,
+) -> Result<Arc<MappedDevice>, TableError> {
+    let name = format!("linear:{}:{start}", dev.name());
+    let range = DevRange::new(dev, start, len).map_err(|source| TableError::Target {
+        row: 1,
+        target: "linear",
+        source,
+    })?;
+    MappedDevice::create(&name, Table::single(len, Linear::over(range))?)
+}

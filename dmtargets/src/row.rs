@@ -1,0 +1,167 @@
+//! A target with its type erased, once.
+
+use std::any::{Any, TypeId};
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+use blockstack::sync::{Mutex, Rank};
+use blockstack::{Bio, BioSet, BlkError, BlkResult, Limits, Sector, Wait, submit_bio};
+
+use crate::args::{Args, CtrError};
+use crate::mapped::{Live, finish};
+use crate::target::{DevRange, DmBio, Event, FlushRoute, MapResult, TableCx, Target, Tio};
+
+/// The sets of a mapped device: one for each kind of front pad. They outlive its tables.
+pub(crate) struct Sets {
+    name: String,
+    limit: usize,
+    by_pad: Mutex<HashMap<TypeId, Box<dyn Any + Send + Sync>>>,
+}
+
+impl Sets {
+    pub(crate) fn new(name: &str, limit: usize) -> Self {
+        Self {
+            name: name.to_owned(),
+            limit,
+            by_pad: Mutex::new(Rank::Pool, HashMap::new()),
+        }
+    }
+
+    fn of<P: Default + Send + 'static>(&self) -> BioSet<Tio<P>> {
+        let mut by_pad = self.by_pad.lock_nested();
+        let there = by_pad
+            .entry(TypeId::of::<P>())
+            .or_insert_with(|| Box::new(BioSet::<Tio<P>>::new(&self.name, self.limit)));
+        match there.downcast_ref::<BioSet<Tio<P>>>() {
+            Some(set) => set.clone(),
+            None => unreachable!("a set is entered under the type of its pad"),
+        }
+    }
+}
+
+pub(crate) trait Row: Any + Send + Sync {
+    fn name(&self) -> &'static str;
+    fn devices(&self) -> &[DevRange];
+    fn table_args(&self, out: &mut dyn fmt::Write) -> fmt::Result;
+    fn status(&self, out: &mut dyn fmt::Write) -> fmt::Result;
+    fn limits(&self, limits: &mut Limits);
+    fn flush_route(&self) -> FlushRoute;
+    fn event(&self, event: Event) -> BlkResult;
+    fn message(&self, args: &mut Args<'_>) -> Result<String, CtrError>;
+    /// Gives the row the sets of its device.
+    fn bind(&self, sets: &Sets);
+    /// Clones `parent`, which lies in the row that begins at `start` and is the `row`th of `live`,
+    /// and sends the clone on its way.
+    fn map(&self, live: &Arc<Live>, row: usize, start: Sector, parent: Bio);
+}
+
+pub(crate) struct Typed<T: Target> {
+    target: T,
+    set: OnceLock<BioSet<Tio<T::PerBio>>>,
+}
+
+impl<T: Target> Typed<T> {
+    pub(crate) fn boxed(target: T) -> Box<dyn Row> {
+        Box::new(Self {
+            target,
+            set: OnceLock::new(),
+        })
+    }
+}
+
+/// Makes a row of the words after the name; what a registry holds.
+pub(crate) fn construct<T: Target>(
+    args: &mut Args<'_>,
+    cx: &TableCx<'_>,
+) -> Result<Box<dyn Row>, CtrError> {
+    let target = T::new(args, cx)?;
+    args.finish()?;
+    Ok(Typed::boxed(target))
+}
+
+impl<T: Target> Row for Typed<T> {
+    fn name(&self) -> &'static str {
+        T::NAME
+    }
+
+    fn devices(&self) -> &[DevRange] {
+        self.target.devices()
+    }
+
+    fn table_args(&self, out: &mut dyn fmt::Write) -> fmt::Result {
+        self.target.table_args(out)
+    }
+
+    fn status(&self, out: &mut dyn fmt::Write) -> fmt::Result {
+        self.target.status(out)
+    }
+
+    fn limits(&self, limits: &mut Limits) {
+        self.target.limits(limits);
+    }
+
+    fn flush_route(&self) -> FlushRoute {
+        self.target.flush_route()
+    }
+
+    fn event(&self, event: Event) -> BlkResult {
+        self.target.event(event)
+    }
+
+    fn message(&self, args: &mut Args<'_>) -> Result<String, CtrError> {
+        self.target.message(args)
+    }
+
+    fn bind(&self, sets: &Sets) {
+        self.set.get_or_init(|| sets.of::<T::PerBio>());
+    }
+
+    fn map(&self, live: &Arc<Live>, row: usize, start: Sector, parent: Bio) {
+        let clone = self
+            .set
+            .get()
+            .and_then(|set| set.alloc(parent.op(), Wait::Yes));
+        let Some(mut clone) = clone else {
+            parent.complete(Err(BlkError::NoMemory));
+            return;
+        };
+        clone.clone_from_parent(&parent);
+        clone.set_end_io(clone_end::<T>);
+        let sector = Sector::new(parent.sector().raw().saturating_sub(start.raw()));
+        let tio = clone.pad_mut::<Tio<T::PerBio>>();
+        tio.parent = Some(parent);
+        tio.live = Some(live.clone());
+        tio.row = row;
+        match self.target.map(DmBio::new(clone, sector)) {
+            MapResult::Remapped(bio) => submit_bio(bio.bio),
+            MapResult::Taken => {}
+            MapResult::Requeue(mut bio) => {
+                let tio = bio.bio.pad_mut::<Tio<T::PerBio>>();
+                if let (Some(parent), Some(live)) = (tio.parent.take(), tio.live.take()) {
+                    drop(bio);
+                    live.requeue(parent);
+                }
+            }
+        }
+    }
+}
+
+fn clone_end<T: Target>(mut clone: Bio, res: BlkResult) {
+    let tio = clone.pad_mut::<Tio<T::PerBio>>();
+    let (Some(parent), Some(live), row) = (tio.parent.take(), tio.live.take(), tio.row) else {
+        return;
+    };
+    let sector = clone.sector();
+    let mut bio = DmBio::new(clone, sector);
+    let typed: Option<&Typed<T>> = live
+        .row(row)
+        .and_then(|row| (row as &dyn Any).downcast_ref());
+    let res = match typed {
+        Some(typed) => typed.target.end_io(&mut bio, res),
+        None => res,
+    };
+    // The clone names the parent's memory, so it goes first.
+    drop(bio);
+    finish(live, parent, res);
+}

@@ -1,0 +1,378 @@
+//! What a target is.
+
+use std::cell::Cell;
+use std::fmt;
+use std::sync::Arc;
+
+use blockstack::{Bio, BioFlags, BlkResult, DynDevice, Limits, Op, Sector, SectorCount};
+
+pub use crate::args::{Args, CtrError};
+use crate::mapped::Live;
+
+/// Maps the bios of one row of a table. The core splits, clones, checks ranges, fans flushes out,
+/// stacks limits, prints; a target only says where a bio goes.
+pub trait Target: Send + Sync + Sized + 'static {
+    /// The word in the table.
+    const NAME: &'static str;
+    /// Lives in the clone's front pad; `()` when unused.
+    type PerBio: Default + Send + 'static;
+
+    /// Parses the words after the name. Not on the I/O path: may read metadata.
+    ///
+    /// # Errors
+    /// What is wrong with the words, or with what they name.
+    fn new(args: &mut Args<'_>, cx: &TableCx<'_>) -> Result<Self, CtrError>;
+    /// Lower ranges in use: the core flushes and stacks limits from them.
+    fn devices(&self) -> &[DevRange];
+    /// Sends `bio` on its way; its sector is relative to this row. Must not wait.
+    fn map(&self, bio: DmBio<Self::PerBio>) -> MapResult<Self::PerBio>;
+    /// Prints what [`Self::new`] parses.
+    ///
+    /// # Errors
+    /// The writer's.
+    fn table_args(&self, out: &mut dyn fmt::Write) -> fmt::Result;
+
+    /// Called when the clone ended, without locks; what it gives back is what the bio ends with.
+    fn end_io(&self, _: &mut DmBio<Self::PerBio>, res: BlkResult) -> BlkResult {
+        res
+    }
+    /// Changes the limits that stack up from [`Self::devices`].
+    fn limits(&self, _: &mut Limits) {}
+    /// How a flush reaches the devices.
+    fn flush_route(&self) -> FlushRoute {
+        FlushRoute::EachDevice
+    }
+    /// Prints what stands after the name in a status line.
+    ///
+    /// # Errors
+    /// The writer's.
+    fn status(&self, _: &mut dyn fmt::Write) -> fmt::Result {
+        Ok(())
+    }
+    /// Hears of suspend and resume; may wait.
+    ///
+    /// # Errors
+    /// Of [`Event::Preresume`]: the device stays suspended.
+    fn event(&self, _: Event) -> BlkResult {
+        Ok(())
+    }
+    /// Takes a message and gives the answer.
+    ///
+    /// # Errors
+    /// Where it is not understood, or cannot be done.
+    fn message(&self, _: &mut Args<'_>) -> Result<String, CtrError> {
+        Err(CtrError::NoMessages)
+    }
+}
+
+/// What became of a bio.
+#[must_use]
+pub enum MapResult<P = ()> {
+    /// The core submits it to the device it now names.
+    Remapped(DmBio<P>),
+    /// The target owns it: queued, or already completed.
+    Taken,
+    /// The core holds it until the next resume, and maps it then anew.
+    Requeue(DmBio<P>),
+}
+
+/// How a flush of the mapped device reaches what is below a row.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum FlushRoute {
+    /// A flush goes to each of the row's devices, past the target.
+    EachDevice,
+    /// The target maps one empty flush.
+    ThroughMap,
+}
+
+/// How a suspended device treats what is on its way.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Suspend {
+    /// Everything that was accepted is done first.
+    Flush,
+    /// Targets may give back, by [`MapResult::Requeue`], what they hold.
+    NoFlush,
+}
+
+/// What a target hears of.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Event {
+    /// Bios still come; what the target has queued shall go on.
+    Presuspend(Suspend),
+    /// No bio is on its way any more, and none comes.
+    Postsuspend,
+    /// Bios are about to come.
+    Preresume,
+    /// Bios come.
+    Resume,
+}
+
+/// A range of a lower device.
+#[derive(Clone)]
+pub struct DevRange {
+    dev: DynDevice,
+    start: Sector,
+    len: SectorCount,
+}
+
+impl DevRange {
+    /// Makes a range.
+    ///
+    /// # Errors
+    /// [`CtrError::RangePastEnd`] where it ends after the device.
+    pub fn new(dev: DynDevice, start: Sector, len: SectorCount) -> Result<Self, CtrError> {
+        let capacity = dev.capacity();
+        let end = start.checked_add(len);
+        if end.is_none_or(|end| end.raw() > capacity.raw()) {
+            return Err(CtrError::RangePastEnd {
+                dev: dev.name().to_owned(),
+                start,
+                len,
+                capacity,
+            });
+        }
+        Ok(Self { dev, start, len })
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn dev(&self) -> &DynDevice {
+        &self.dev
+    }
+
+    /// Its first sector.
+    #[must_use]
+    pub fn start(&self) -> Sector {
+        self.start
+    }
+
+    /// Its length.
+    #[must_use]
+    pub fn len(&self) -> SectorCount {
+        self.len
+    }
+
+    /// Whether it has no sectors.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == SectorCount::ZERO
+    }
+}
+
+impl fmt::Debug for DevRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}[{}+{}]", self.dev.name(), self.start, self.len)
+    }
+}
+
+/// Where devices come from: a path, or the name of a device made earlier.
+pub trait DeviceSource {
+    /// Opens the device that a table names.
+    ///
+    /// # Errors
+    /// [`BlkError::NoDevice`](blockstack::BlkError::NoDevice) where there is none, or why it cannot
+    /// be opened.
+    fn open(&self, name: &str) -> BlkResult<DynDevice>;
+}
+
+impl<F: Fn(&str) -> BlkResult<DynDevice>> DeviceSource for F {
+    fn open(&self, name: &str) -> BlkResult<DynDevice> {
+        self(name)
+    }
+}
+
+/// What a target is told when it is made.
+pub struct TableCx<'a> {
+    devices: &'a dyn DeviceSource,
+    start: Sector,
+    len: SectorCount,
+    pub(crate) max_io: Cell<Option<SectorCount>>,
+    pub(crate) notifier: Notifier,
+}
+
+impl<'a> TableCx<'a> {
+    pub(crate) fn new(devices: &'a dyn DeviceSource, start: Sector, len: SectorCount) -> Self {
+        Self {
+            devices,
+            start,
+            len,
+            max_io: Cell::new(None),
+            notifier: Notifier::default(),
+        }
+    }
+
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// Why it cannot be had.
+    pub fn open(&self, name: &str) -> Result<DynDevice, CtrError> {
+        self.devices.open(name).map_err(|source| CtrError::Device {
+            name: name.to_owned(),
+            source,
+        })
+    }
+
+    /// First sector of the row on the mapped device.
+    #[must_use]
+    pub fn start(&self) -> Sector {
+        self.start
+    }
+
+    /// Length of the row.
+    #[must_use]
+    pub fn len(&self) -> SectorCount {
+        self.len
+    }
+
+    /// Whether the row has no sectors; never.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == SectorCount::ZERO
+    }
+
+    /// Has the core split bios at each multiple of `len` from the row's start.
+    pub fn split_at(&self, len: SectorCount) {
+        self.max_io.set((len != SectorCount::ZERO).then_some(len));
+    }
+
+    /// Tells whoever waits for events of the mapped device.
+    #[must_use]
+    pub fn notifier(&self) -> Notifier {
+        self.notifier.clone()
+    }
+}
+
+/// Counts up the events of the mapped device a target belongs to.
+#[derive(Clone, Default)]
+pub struct Notifier(pub(crate) Arc<std::sync::OnceLock<Arc<crate::mapped::Events>>>);
+
+impl Notifier {
+    /// Something happened that a monitor wants to know.
+    pub fn notify(&self) {
+        if let Some(events) = self.0.get() {
+            events.raise();
+        }
+    }
+}
+
+/// What the core keeps with each clone.
+pub(crate) struct Tio<P> {
+    pub(crate) parent: Option<Bio>,
+    /// Keeps the table, and tells a suspend that this bio is on its way.
+    pub(crate) live: Option<Arc<Live>>,
+    pub(crate) row: usize,
+    pub(crate) data: P,
+}
+
+impl<P: Default> Default for Tio<P> {
+    fn default() -> Self {
+        Self {
+            parent: None,
+            live: None,
+            row: 0,
+            data: P::default(),
+        }
+    }
+}
+
+/// A clone of a bio, in the hands of a target. A drop ends it with an error, as of any bio.
+pub struct DmBio<P = ()> {
+    pub(crate) bio: Bio,
+    sector: Sector,
+    pad: std::marker::PhantomData<fn() -> P>,
+}
+
+impl<P: Default + Send + 'static> DmBio<P> {
+    pub(crate) fn new(bio: Bio, sector: Sector) -> Self {
+        Self {
+            bio,
+            sector,
+            pad: std::marker::PhantomData,
+        }
+    }
+
+    /// What it asks for.
+    #[must_use]
+    pub fn op(&self) -> Op {
+        self.bio.op()
+    }
+
+    /// How it is to be done.
+    #[must_use]
+    pub fn flags(&self) -> BioFlags {
+        self.bio.flags()
+    }
+
+    /// Where it begins, from the start of the row; after a remap: of the device it names.
+    #[must_use]
+    pub fn sector(&self) -> Sector {
+        self.sector
+    }
+
+    /// Its length; zero for a flush.
+    #[must_use]
+    pub fn len(&self) -> SectorCount {
+        self.bio.len()
+    }
+
+    /// Whether it has no range.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bio.is_empty()
+    }
+
+    /// The target's data.
+    #[must_use]
+    pub fn data_mut(&mut self) -> &mut P {
+        &mut self.bio.pad_mut::<Tio<P>>().data
+    }
+
+    /// Names the device of `range`, and there the sector as far from its start as the bio was from
+    /// the row's.
+    pub fn remap(&mut self, range: &DevRange) {
+        self.remap_to(range, self.sector);
+    }
+
+    /// Names the device of `range`, and there the sector `offset` from its start.
+    pub fn remap_to(&mut self, range: &DevRange, offset: Sector) {
+        debug_assert!(
+            offset.raw() + self.len().raw() <= range.len.raw(),
+            "a bio of {} sectors at {offset} leaves {range:?}",
+            self.len()
+        );
+        self.sector = Sector::new(range.start.raw() + offset.raw());
+        self.bio.set_dev(range.dev.clone(), self.sector);
+    }
+
+    /// Copies the data of a write out; `visit` gets byte offset and bytes.
+    pub fn for_each_bytes(&self, visit: impl FnMut(usize, &[u8])) {
+        self.bio.for_each_bytes(visit);
+    }
+
+    /// Fills the memory of a read; `fill` gets byte offset and bytes.
+    pub fn fill_each(&mut self, fill: impl FnMut(usize, &mut [u8])) {
+        self.bio.fill_each(fill);
+    }
+
+    /// Ends it.
+    pub fn complete(self, res: BlkResult) {
+        self.bio.complete(res);
+    }
+
+    /// Submits it, remapped, from a context of the target's own.
+    pub fn submit(self) {
+        blockstack::submit_bio(self.bio);
+    }
+}
+
+impl<P> fmt::Debug for DmBio<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:?} of {} at {}",
+            self.bio.op(),
+            self.bio.len(),
+            self.sector
+        )
+    }
+}
