@@ -490,6 +490,11 @@ impl Condvar {
         blocking(|| self.0.wait(&mut guard.inner));
     }
 
+    /// As [`Self::wait`], but without telling the thread's hook: for the hook's own use.
+    pub fn wait_quietly<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>) {
+        self.0.wait(&mut guard.inner);
+    }
+
     /// As [`Self::wait`], at most for `timeout`; `false` where the time ran out.
     pub fn wait_for<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, timeout: Duration) -> bool {
         blocking(|| !self.0.wait_for(&mut guard.inner, timeout).timed_out())

@@ -2,19 +2,23 @@
 
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use blockstack::DynDevice;
 use blockstack::sync::{Mutex, Rank};
+use blockstack::workqueue::Workqueue;
 use bufio::Client;
 
 use crate::alloc::Alloc;
+use crate::data::DataIo;
 use crate::error::{FsError, FsResult};
 use crate::format::inode::Timespec;
 use crate::geometry::Geometry;
+use crate::inode::{Inode, InodeTable};
 use crate::journal::Journal;
 use crate::options::{MountOptions, OnError};
+use crate::orphan::Orphans;
 
 /// The first or last error found, as the superblock records it.
 #[derive(Clone, Copy, Debug)]
@@ -155,7 +159,19 @@ pub struct Fs {
     /// Blocks and inodes.
     pub alloc: Arc<Alloc>,
     /// Inodes in memory.
-    pub inodes: crate::inode::InodeTable,
+    pub inodes: InodeTable,
+    /// Inodes without a name.
+    pub orphans: Orphans,
+    /// File data.
+    pub data_io: DataIo,
+    /// Bytes of page cache writes under way.
+    pub behind: AtomicUsize,
+    /// Held by a rename between directories.
+    pub rename_lock: Mutex<()>,
+    /// Blocks that the file system itself takes.
+    pub overhead: u64,
+    /// Deletes in the background what has no name and no user.
+    pub(crate) evictions: Option<Workqueue<Arc<Inode>>>,
 }
 
 impl Deref for Fs {

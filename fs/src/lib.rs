@@ -3,14 +3,18 @@
 
 pub mod alloc;
 pub mod core;
+pub mod data;
 pub mod dir;
 pub mod error;
 pub mod format;
+pub mod fuse;
 pub mod geometry;
 pub mod inode;
 pub mod journal;
 pub mod mount;
+pub mod ops;
 pub mod options;
+pub mod orphan;
 pub mod xattr;
 
 pub use crate::core::{Core, Fs};

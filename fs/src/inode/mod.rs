@@ -2,21 +2,30 @@
 
 pub(crate) mod block_map;
 pub(crate) mod extent_tree;
+pub mod io;
 pub mod map;
 pub mod range;
+pub mod table;
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use blockstack::sync::{Rank, RwLock};
 use bufio::{Buffer, Validator, no_check};
-use dashmap::DashMap;
 
 use crate::core::{Core, Fs};
+use crate::data::FileIo;
 use crate::error::{FsError, FsResult};
 use crate::format::inode::{InodeData, inode_csum_seed, seal_inode, verify_inode};
 use crate::geometry::Geometry;
-use crate::journal::Handle;
+use crate::journal::{Class, Handle};
+use crate::orphan::OrphanLink;
+
+pub use io::IoState;
+pub use table::InodeTable;
+
+/// Where `i_dtime` stands in an inode.
+const DTIME: usize = 0x14;
 
 /// The root directory.
 pub const ROOT_INO: u32 = 2;
@@ -39,6 +48,16 @@ pub struct Inode {
     pub tid: AtomicU32,
     /// Transaction of the last change that `fdatasync` waits for.
     pub datasync_tid: AtomicU32,
+    /// Type bits of the mode, which never change.
+    pub type_bits: u16,
+    /// Its place in the list of orphans.
+    pub orphan: OrphanLink,
+    /// Writes under way.
+    pub io: IoState,
+    /// The control block of its data; made on first need.
+    pub dio: OnceLock<FileIo>,
+    /// Data was written since the device was last flushed for it.
+    pub unflushed: AtomicBool,
 }
 
 impl Inode {
@@ -48,19 +67,32 @@ impl Inode {
         Arc::new(Self {
             ino,
             csum_seed: inode_csum_seed(geo.csum_seed, ino, data.generation),
+            type_bits: data.mode & 0xf000,
             data: RwLock::new(Rank::Inode, data),
             extent_validator: OnceLock::new(),
             dir_validator: OnceLock::new(),
             lookups: AtomicU64::new(0),
             tid: AtomicU32::new(0),
             datasync_tid: AtomicU32::new(0),
+            orphan: OrphanLink::default(),
+            io: IoState::default(),
+            dio: OnceLock::new(),
+            unflushed: AtomicBool::new(false),
         })
     }
-}
 
-/// Inodes in memory by number.
-#[derive(Default)]
-pub struct InodeTable(pub DashMap<u32, Arc<Inode>>);
+    /// Whether it is a directory.
+    #[must_use]
+    pub fn is_dir(&self) -> bool {
+        u32::from(self.type_bits) == libc::S_IFDIR
+    }
+
+    /// Whether it is a regular file.
+    #[must_use]
+    pub fn is_file(&self) -> bool {
+        u32::from(self.type_bits) == libc::S_IFREG
+    }
+}
 
 impl Core {
     /// Block of a group's inode table, from its descriptor.
@@ -130,12 +162,16 @@ impl Fs {
     /// A table that cannot be read; an aborted journal.
     pub fn write_inode(&self, handle: &Handle, inode: &Inode, data: &InodeData) -> FsResult {
         let (buffer, offset) = self.inode_buffer(inode.ino)?;
-        let mut block = handle.write(&buffer)?;
+        let mut block = handle.write_class(&buffer, Class::Inodes)?;
         let bytes = &mut block[offset..offset + usize::from(self.geo.inode_size)];
         data.encode(bytes, self.geo.block_bits).map_err(|error| {
             log::error!("inode {}: {error}", inode.ino);
             FsError::Invalid
         })?;
+        if let Some(next) = inode.orphan.next() {
+            // While it is on the list of orphans the field names the next one.
+            bytes[DTIME..DTIME + 4].copy_from_slice(&next.to_le_bytes());
+        }
         if self.geo.metadata_csum() {
             seal_inode(inode.csum_seed, bytes);
         }
@@ -146,4 +182,21 @@ impl Fs {
 
 fn le32(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+impl Fs {
+    /// Lets an orphan's inode on disk name the next one.
+    ///
+    /// # Errors
+    /// As [`Self::write_inode`].
+    pub(crate) fn write_orphan_link(&self, handle: &Handle, inode: &Inode, next: u32) -> FsResult {
+        let (buffer, offset) = self.inode_buffer(inode.ino)?;
+        let mut block = handle.write_class(&buffer, Class::Inodes)?;
+        let bytes = &mut block[offset..offset + usize::from(self.geo.inode_size)];
+        bytes[DTIME..DTIME + 4].copy_from_slice(&next.to_le_bytes());
+        if self.geo.metadata_csum() {
+            seal_inode(inode.csum_seed, bytes);
+        }
+        Ok(())
+    }
 }

@@ -1,0 +1,840 @@
+//! File data: reads, writes, and what waits for them.
+//!
+//! # A write
+//!
+//! ```text
+//! claim the blocks, reserve new ones in memory, copy the data into an aligned buffer
+//! -> bios -> device                        (answered here if it came from the page cache)
+//! -> in place: claim given back            (in the completion)
+//! -> new blocks or a longer file: dio_done -> one handle: bitmap, mapping, size, times
+//!    -> claim given back -> answered
+//! ```
+//!
+//! No block is named on disk before its data is there, so a commit has no data to wait for. A write
+//! that came from the kernel's page cache is answered when it is under way, as the page cache of any
+//! file system promises nothing before `fsync`; an error then comes up in the next `fsync`.
+//!
+//! # Locking
+//!
+//! write: claim -> inode (w) -> group; its end: inode (w) -> transaction -> extent tree -> group
+//! read: wait for claims -> inode (r), released before the bios end
+//! truncate, punch: claims and requests drained without a lock -> inode (w) -> transaction
+
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use blockstack::direct_io::{Dio, DioDone, DirectIo, Extent, Mapping as DioMapping};
+use blockstack::sync::RwLockWriteGuard;
+use blockstack::{BioFlags, BlkResult, Buf, PagePool, Sector, SectorCount, flush_wait, read_wait};
+use smallvec::SmallVec;
+
+use crate::alloc::{Privilege, Run};
+use crate::core::Fs;
+use crate::error::{FsError, FsResult};
+use crate::format::inode::{InodeData, InodeFlags};
+use crate::inode::Inode;
+use crate::inode::map::{self, MapKind, Seek, Written};
+use crate::ops::Caller;
+
+/// The engine of a mount's file data.
+pub type DataIo = DirectIo<IoEnd>;
+/// The control block of a file's data.
+pub type FileIo = Dio<IoEnd>;
+/// Takes the answer of a read.
+pub type ReadReply = Box<dyn FnOnce(FsResult<&[u8]>) + Send>;
+/// Takes the answer of a write: bytes written.
+pub type WriteReply = Box<dyn FnOnce(FsResult<u32>) + Send>;
+
+/// The longest read or write, in bytes.
+pub const MAX_IO: u32 = 1 << 20;
+/// Bytes of page cache writes under way above which they are answered at their end.
+const WRITE_BEHIND: usize = 64 << 20;
+/// Credits for naming the blocks of a write.
+const WRITE_CREDITS: u32 = 16;
+
+/// Where a write comes from.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Origin {
+    /// The kernel's page cache, which keeps size and times itself.
+    PageCache,
+    /// A caller that waits, and whose set-user-id bits are to be dropped or not.
+    Direct {
+        /// Whether the kernel asked to drop them.
+        kill_priv: bool,
+    },
+}
+
+/// How a request of file data ends.
+pub struct IoEnd {
+    fs: Arc<Fs>,
+    inode: Arc<Inode>,
+    kind: EndKind,
+}
+
+enum EndKind {
+    Read {
+        skip: usize,
+        len: usize,
+        reply: ReadReply,
+    },
+    Write(Box<WriteEnd>),
+}
+
+struct WriteEnd {
+    from: u32,
+    to: u32,
+    /// Byte behind the last written.
+    end: u64,
+    bytes: u32,
+    /// Whether the file gets longer, as far as known at the start.
+    extends: bool,
+    origin: Origin,
+    /// Reserved runs, and the file's blocks they are for.
+    new: SmallVec<[(u32, Run); 4]>,
+    unwritten: SmallVec<[(u32, u32); 2]>,
+    reply: Option<WriteReply>,
+    /// What the caller gets; the engine's result knows only the device's errors.
+    outcome: FsResult,
+    behind: usize,
+}
+
+impl DioDone for IoEnd {
+    fn end_io(&mut self, res: BlkResult<usize>) -> BlkResult<usize> {
+        if let EndKind::Write(write) = &mut self.kind {
+            let outcome = match res {
+                Ok(_) => self.fs.end_write(&self.inode, write),
+                Err(error) => {
+                    for &(_, run) in &write.new {
+                        self.fs.alloc.unreserve(run);
+                    }
+                    Err(error.into())
+                }
+            };
+            if let Err(error) = outcome {
+                if write.reply.is_none() {
+                    log::error!("inode {}: data lost: {error}", self.inode.ino);
+                    self.inode.io.record(error);
+                }
+            }
+            write.outcome = outcome;
+            self.inode.io.release(write.from, write.to);
+            self.fs.behind.fetch_sub(write.behind, Ordering::AcqRel);
+        }
+        res
+    }
+
+    fn must_wait(&self) -> bool {
+        match &self.kind {
+            EndKind::Read { .. } => false,
+            EndKind::Write(write) => {
+                write.extends || write.origin != Origin::PageCache || self.fs.opts.sync
+            }
+        }
+    }
+
+    fn done(self, buf: Buf, res: BlkResult<usize>) {
+        match self.kind {
+            EndKind::Read { skip, len, reply } => match res {
+                Ok(_) => reply(Ok(&buf[skip..skip + len])),
+                Err(error) => reply(Err(error.into())),
+            },
+            EndKind::Write(write) => {
+                drop(buf);
+                if let Some(reply) = write.reply {
+                    reply(write.outcome.map(|()| write.bytes));
+                }
+            }
+        }
+    }
+}
+
+/// An inode with no data under way, locked.
+pub struct Quiet<'a>(RwLockWriteGuard<'a, InodeData>);
+
+impl Deref for Quiet<'_> {
+    type Target = InodeData;
+    fn deref(&self) -> &InodeData {
+        &self.0
+    }
+}
+
+impl DerefMut for Quiet<'_> {
+    fn deref_mut(&mut self) -> &mut InodeData {
+        &mut self.0
+    }
+}
+
+/// The device's place of a run of blocks.
+fn extent(fs: &Fs, kind: DioMapping, pblk: u64, len: u32) -> Extent {
+    let sectors = fs.geo.block_sectors();
+    Extent {
+        kind,
+        sector: Sector::new(pblk * sectors),
+        len: SectorCount::new(u64::from(len) * sectors),
+    }
+}
+
+struct Plan {
+    extents: SmallVec<[Extent; 8]>,
+    new: SmallVec<[(u32, Run); 4]>,
+    unwritten: SmallVec<[(u32, u32); 2]>,
+    /// Block behind the last planned.
+    to: u32,
+}
+
+impl Fs {
+    pub(crate) fn file_io<'a>(&self, inode: &'a Inode) -> &'a FileIo {
+        inode.dio.get_or_init(|| self.data_io.open())
+    }
+
+    /// Waits until no data of the inode is under way and locks it.
+    pub(crate) fn quiesce<'a>(&self, inode: &'a Inode) -> Quiet<'a> {
+        loop {
+            inode.io.wait_clear(0, u32::MAX);
+            if let Some(dio) = inode.dio.get() {
+                dio.wait_idle();
+            }
+            let data = inode.data.write();
+            let idle = inode.dio.get().is_none_or(|dio| dio.in_flight() == 0);
+            if idle && !inode.io.is_claimed(0, u32::MAX) {
+                return Quiet(data);
+            }
+        }
+    }
+
+    /// The size a caller sees: that of writes under way, too.
+    pub(crate) fn visible_size(&self, inode: &Inode, data: &InodeData) -> u64 {
+        if inode.is_file() {
+            data.size.max(inode.io.end())
+        } else {
+            data.size
+        }
+    }
+
+    /// Reads up to `len` bytes at `offset` and answers, perhaps from another thread.
+    pub fn read(self: &Arc<Self>, inode: &Arc<Inode>, offset: u64, len: u32, reply: ReadReply) {
+        if let Err((error, reply)) = self.try_read(inode, offset, len, reply) {
+            reply(Err(error));
+        }
+    }
+
+    fn try_read(
+        self: &Arc<Self>,
+        inode: &Arc<Inode>,
+        offset: u64,
+        len: u32,
+        reply: ReadReply,
+    ) -> Result<(), (FsError, ReadReply)> {
+        if !inode.is_file() {
+            let error = if inode.is_dir() {
+                FsError::IsDirectory
+            } else {
+                FsError::Invalid
+            };
+            return Err((error, reply));
+        }
+        let block_bits = self.geo.block_bits;
+        let len = len.min(MAX_IO);
+        let Some(end) = offset.checked_add(len.into()) else {
+            return Err((FsError::Invalid, reply));
+        };
+        let last = end
+            .div_ceil(u64::from(self.geo.block_size))
+            .min(u32::MAX.into()) as u32;
+        let first = (offset >> block_bits).min(u32::MAX.into()) as u32;
+        let (data, size) = loop {
+            inode.io.wait_clear(first, last);
+            let data = inode.data.read();
+            if !inode.io.is_claimed(first, last) {
+                let size = self.visible_size(inode, &data);
+                break (data, size);
+            }
+        };
+        if offset >= size || len == 0 {
+            drop(data);
+            reply(Ok(&[]));
+            return Ok(());
+        }
+        let len = u64::from(len).min(size - offset) as usize;
+        let skip = (offset - (u64::from(first) << block_bits)) as usize;
+        let to = (offset + len as u64).div_ceil(u64::from(self.geo.block_size)) as u32;
+        let mut extents = SmallVec::<[Extent; 8]>::new();
+        let mut lblk = first;
+        while lblk < to {
+            let mapping = match map::lookup(self, inode, &data, lblk, to - lblk) {
+                Ok(mapping) => mapping,
+                Err(error) => return Err((error, reply)),
+            };
+            let kind = match mapping.kind {
+                MapKind::Hole => DioMapping::Hole,
+                MapKind::Mapped => DioMapping::Mapped,
+                MapKind::Unwritten => DioMapping::Unwritten,
+            };
+            extents.push(extent(self, kind, mapping.pblk, mapping.len));
+            lblk += mapping.len;
+        }
+        let buf = match PagePool::shared().alloc(((to - first) << block_bits) as usize) {
+            Ok(buf) => buf,
+            Err(error) => return Err((error.into(), reply)),
+        };
+        let end = IoEnd {
+            fs: self.clone(),
+            inode: inode.clone(),
+            kind: EndKind::Read { skip, len, reply },
+        };
+        self.file_io(inode).read(&extents, buf, end);
+        drop(data);
+        Ok(())
+    }
+
+    /// Writes `bytes` at `offset` and answers, perhaps from another thread.
+    pub fn write(
+        self: &Arc<Self>,
+        inode: &Arc<Inode>,
+        offset: u64,
+        bytes: &[u8],
+        origin: Origin,
+        caller: &Caller,
+        reply: WriteReply,
+    ) {
+        if let Err((error, reply)) = self.try_write(inode, offset, bytes, origin, caller, reply) {
+            reply(Err(error));
+        }
+    }
+
+    fn check_write(&self, inode: &Inode, offset: u64, len: usize) -> FsResult<u64> {
+        self.check_writable()?;
+        if !inode.is_file() {
+            return Err(if inode.is_dir() {
+                FsError::IsDirectory
+            } else {
+                FsError::Invalid
+            });
+        }
+        let end = offset.checked_add(len as u64).ok_or(FsError::FileTooBig)?;
+        if len > MAX_IO as usize {
+            return Err(FsError::Invalid);
+        }
+        Ok(end)
+    }
+
+    fn try_write(
+        self: &Arc<Self>,
+        inode: &Arc<Inode>,
+        offset: u64,
+        bytes: &[u8],
+        origin: Origin,
+        caller: &Caller,
+        reply: WriteReply,
+    ) -> Result<(), (FsError, WriteReply)> {
+        let end = match self.check_write(inode, offset, bytes.len()) {
+            Ok(end) => end,
+            Err(error) => return Err((error, reply)),
+        };
+        if bytes.is_empty() {
+            reply(Ok(0));
+            return Ok(());
+        }
+        let block_size = u64::from(self.geo.block_size);
+        let from = offset >> self.geo.block_bits;
+        let to = end.div_ceil(block_size);
+        if to >= u64::from(u32::MAX) {
+            return Err((FsError::FileTooBig, reply));
+        }
+        let (from, to) = (from as u32, to as u32);
+        let data = loop {
+            inode.io.wait_clear(from, to);
+            let data = inode.data.write();
+            if inode.io.try_claim(from, to, end) {
+                break data;
+            }
+        };
+        let prepared = self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller);
+        let (plan, buf, end) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                drop(data);
+                inode.io.release(from, to);
+                return Err((error, reply));
+            }
+        };
+        let extends = end > data.size;
+        drop(data);
+        let mut write = Box::new(WriteEnd {
+            from,
+            to,
+            end,
+            bytes: (end - offset) as u32,
+            extends,
+            origin,
+            new: plan.new,
+            unwritten: plan.unwritten,
+            reply: None,
+            outcome: Ok(()),
+            behind: 0,
+        });
+        let mut early = None;
+        let behind = self.behind.load(Ordering::Acquire);
+        if origin == Origin::PageCache && !self.opts.sync && behind < WRITE_BEHIND {
+            write.behind = buf.len();
+            self.behind.fetch_add(write.behind, Ordering::AcqRel);
+            early = Some((reply, write.bytes));
+        } else {
+            write.reply = Some(reply);
+        }
+        let done = IoEnd {
+            fs: self.clone(),
+            inode: inode.clone(),
+            kind: EndKind::Write(write),
+        };
+        self.file_io(inode)
+            .write(&plan.extents, buf, BioFlags::empty(), done);
+        if let Some((reply, written)) = early {
+            reply(Ok(written));
+        }
+        Ok(())
+    }
+
+    /// Plans a write and fills its buffer; gives also the byte behind the last that fits.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one step of `try_write`, apart for its length"
+    )]
+    fn prepare_write(
+        &self,
+        inode: &Inode,
+        data: &InodeData,
+        offset: u64,
+        bytes: &[u8],
+        (from, to): (u32, u32),
+        origin: Origin,
+        caller: &Caller,
+    ) -> FsResult<(Plan, Buf, u64)> {
+        let limit = map::max_file_size(&self.geo, data.has_extents());
+        let mut end = offset + bytes.len() as u64;
+        if end > limit || data.flags.contains(InodeFlags::IMMUTABLE) {
+            let immutable = data.flags.contains(InodeFlags::IMMUTABLE);
+            return Err(if immutable {
+                FsError::NotPermitted
+            } else {
+                FsError::FileTooBig
+            });
+        }
+        let plan = self.plan_write(inode, data, from, to, caller);
+        let mut plan = match plan {
+            Ok(plan) => plan,
+            Err((error, partial)) => {
+                let first = (u64::from(partial.to) << self.geo.block_bits).saturating_sub(offset);
+                // A caller that waits can be told of a short write; the page cache cannot.
+                if origin == Origin::PageCache || partial.to == from || first == 0 {
+                    partial
+                        .new
+                        .iter()
+                        .for_each(|&(_, run)| self.alloc.unreserve(run));
+                    return Err(error);
+                }
+                end = u64::from(partial.to) << self.geo.block_bits;
+                partial
+            }
+        };
+        let filled = self.fill(data, offset, &bytes[..(end - offset) as usize], from, &plan);
+        match filled {
+            Ok(buf) => Ok((plan, buf, end)),
+            Err(error) => {
+                plan.new
+                    .drain(..)
+                    .for_each(|(_, run)| self.alloc.unreserve(run));
+                Err(error)
+            }
+        }
+    }
+
+    fn plan_write(
+        &self,
+        inode: &Inode,
+        data: &InodeData,
+        from: u32,
+        to: u32,
+        caller: &Caller,
+    ) -> Result<Plan, (FsError, Plan)> {
+        let mut plan = Plan {
+            extents: SmallVec::new(),
+            new: SmallVec::new(),
+            unwritten: SmallVec::new(),
+            to: from,
+        };
+        let privilege = self.privilege(caller);
+        while plan.to < to {
+            let lblk = plan.to;
+            let mapping = match map::lookup(self, inode, data, lblk, to - lblk) {
+                Ok(mapping) => mapping,
+                Err(error) => return Err((error, plan)),
+            };
+            let (kind, pblk, len) = match mapping.kind {
+                MapKind::Mapped => (DioMapping::Mapped, mapping.pblk, mapping.len),
+                MapKind::Unwritten => {
+                    plan.unwritten.push((lblk, mapping.len));
+                    (DioMapping::Unwritten, mapping.pblk, mapping.len)
+                }
+                MapKind::Hole => {
+                    let goal = inode
+                        .io
+                        .goal(lblk)
+                        .unwrap_or_else(|| self.alloc.goal_for(inode.ino, data, lblk));
+                    match self.alloc.reserve(goal, mapping.len, 1, privilege) {
+                        Ok(run) => {
+                            plan.new.push((lblk, run));
+                            inode
+                                .io
+                                .set_goal(lblk + run.len, run.start + u64::from(run.len));
+                            (DioMapping::New, run.start, run.len)
+                        }
+                        Err(error) => return Err((error, plan)),
+                    }
+                }
+            };
+            plan.extents.push(extent(self, kind, pblk, len));
+            plan.to += len;
+        }
+        Ok(plan)
+    }
+
+    /// Copies the data into an aligned buffer; what stands before and behind it in its blocks comes
+    /// from the disk, or is zeros.
+    fn fill(
+        &self,
+        data: &InodeData,
+        offset: u64,
+        bytes: &[u8],
+        from: u32,
+        plan: &Plan,
+    ) -> FsResult<Buf> {
+        let block_size = self.geo.block_size as usize;
+        let start = u64::from(from) << self.geo.block_bits;
+        let head = (offset - start) as usize;
+        let total = ((plan.to - from) as usize) << self.geo.block_bits;
+        let mut buf = PagePool::shared().alloc(total)?;
+        let tail = head + bytes.len();
+        let size = data.size;
+        if head > 0 {
+            self.old_block(plan, 0, start, size, &mut buf[..block_size])?;
+        }
+        let last = total - block_size;
+        if tail < total && (last > 0 || head == 0) {
+            let at = start + last as u64;
+            self.old_block(plan, last, at, size, &mut buf[last..])?;
+        }
+        buf[head..tail].copy_from_slice(bytes);
+        Ok(buf)
+    }
+
+    /// The block at byte `skip` of the plan as it is now; zeros beyond the end of file.
+    fn old_block(&self, plan: &Plan, skip: usize, at: u64, size: u64, out: &mut [u8]) -> FsResult {
+        let mut left = skip as u64 >> 9;
+        for extent in &plan.extents {
+            if left >= extent.len.raw() {
+                left -= extent.len.raw();
+                continue;
+            }
+            if extent.kind != DioMapping::Mapped {
+                break;
+            }
+            let sector = Sector::new(extent.sector.raw() + left);
+            let buf = PagePool::shared().alloc(out.len())?;
+            let buf = read_wait(&self.dev, sector, buf)?;
+            let valid = size.saturating_sub(at).min(out.len() as u64) as usize;
+            out[..valid].copy_from_slice(&buf[..valid]);
+            out[valid..].fill(0);
+            return Ok(());
+        }
+        out.fill(0);
+        Ok(())
+    }
+
+    pub(crate) fn privilege(&self, caller: &Caller) -> Privilege {
+        let root = caller.uid == 0
+            || caller.uid == u32::from(self.geo.resuid)
+            || (self.geo.resgid != 0 && caller.gid == u32::from(self.geo.resgid));
+        if root {
+            Privilege::Root
+        } else {
+            Privilege::User
+        }
+    }
+
+    /// The data is on the device: lets the inode name it.
+    fn end_write(&self, inode: &Arc<Inode>, write: &WriteEnd) -> FsResult {
+        inode.unflushed.store(true, Ordering::Release);
+        let needs_metadata = write.extends
+            || !write.new.is_empty()
+            || !write.unwritten.is_empty()
+            || write.origin != Origin::PageCache;
+        if !needs_metadata {
+            return Ok(());
+        }
+        let mut data = inode.data.write();
+        let result = self.name_blocks(inode, &mut data, write);
+        drop(data);
+        let tid = result?;
+        if self.opts.sync {
+            self.journal.commit_wait(tid)?;
+        }
+        Ok(())
+    }
+
+    fn name_blocks(
+        &self,
+        inode: &Arc<Inode>,
+        data: &mut InodeData,
+        write: &WriteEnd,
+    ) -> FsResult<u32> {
+        let runs = (write.new.len() + write.unwritten.len()) as u32;
+        let credits = WRITE_CREDITS + map::meta_credits(data, runs.max(1)) + 2 * runs;
+        let handle = match self.journal.start(credits) {
+            Ok(handle) => handle,
+            Err(error) => {
+                write
+                    .new
+                    .iter()
+                    .for_each(|&(_, run)| self.alloc.unreserve(run));
+                return Err(error);
+            }
+        };
+        let mut result = Ok(());
+        for &(lblk, run) in &write.new {
+            if result.is_err() {
+                self.alloc.unreserve(run);
+                continue;
+            }
+            result = self.alloc.commit_run(&handle, run);
+            if result.is_ok() {
+                result = map::insert(self, &handle, inode, data, lblk, run, Written::Yes);
+                if result.is_err() {
+                    // The bits are set on disk: the blocks go back with the transaction.
+                    let back = self.alloc.free(
+                        &handle,
+                        run.start,
+                        run.len.into(),
+                        crate::alloc::BlockUse::Data,
+                    );
+                    result = result.and(back);
+                }
+            }
+        }
+        for &(lblk, len) in &write.unwritten {
+            result = result.and_then(|()| map::convert(self, &handle, inode, data, lblk, len));
+        }
+        if result.is_ok() && write.end > data.size {
+            data.size = write.end;
+        }
+        if let Origin::Direct { kill_priv } = write.origin {
+            let now = self.now();
+            data.mtime = now;
+            data.ctime = now;
+            if kill_priv {
+                crate::ops::attr::drop_privileges(data);
+            }
+        }
+        let written = self.write_inode(&handle, inode, data);
+        let tid = handle.tid();
+        inode.datasync_tid.store(tid, Ordering::Release);
+        let stopped = handle.stop();
+        result.and(written).and(stopped).map(|()| tid)
+    }
+
+    /// Makes a file durable; `datasync` without what reading it back does not need.
+    ///
+    /// # Errors
+    /// Also of writes that were answered before they ended.
+    pub fn fsync(&self, inode: &Inode, datasync: bool) -> FsResult {
+        inode.io.wait_clear(0, u32::MAX);
+        if let Some(dio) = inode.dio.get() {
+            dio.wait_idle();
+        }
+        let lost = inode.io.take_error();
+        let tid = if datasync {
+            &inode.datasync_tid
+        } else {
+            &inode.tid
+        };
+        let tid = tid.load(Ordering::Acquire);
+        let needs_flush = inode.unflushed.swap(false, Ordering::AcqRel);
+        let durable = match (tid, needs_flush) {
+            (0, false) => Ok(()),
+            (0, true) if self.opts.barrier => flush_wait(&self.dev).map_err(FsError::from),
+            (0, true) => Ok(()),
+            (tid, true) => self.journal.commit_or_flush(tid),
+            (tid, false) => self.journal.commit_wait(tid),
+        };
+        if durable.is_err() && needs_flush {
+            inode.unflushed.store(true, Ordering::Release);
+        }
+        lost.map_or(Ok(()), Err).and(durable)
+    }
+
+    /// Waits for all data under way and makes everything durable.
+    ///
+    /// # Errors
+    /// The first one met.
+    pub fn sync(&self) -> FsResult {
+        let mut first = Ok(());
+        for inode in self.inodes.all() {
+            inode.io.wait_clear(0, u32::MAX);
+            if let Some(error) = inode.io.take_error() {
+                first = first.and(Err(error));
+            }
+        }
+        first.and(self.journal.commit_all())
+    }
+
+    /// Zeros bytes `from..to` of a file where they are mapped; both in the same block. The inode is
+    /// quiet.
+    pub(crate) fn zero_partial(
+        &self,
+        inode: &Inode,
+        data: &InodeData,
+        from: u64,
+        to: u64,
+    ) -> FsResult {
+        if from >= to {
+            return Ok(());
+        }
+        let lblk = (from >> self.geo.block_bits) as u32;
+        let mapping = map::lookup(self, inode, data, lblk, 1)?;
+        if mapping.kind != MapKind::Mapped {
+            return Ok(());
+        }
+        let sector = Sector::new(mapping.pblk * self.geo.block_sectors());
+        let buf = PagePool::shared().alloc(self.geo.block_size as usize)?;
+        let mut buf = read_wait(&self.dev, sector, buf)?;
+        let start = u64::from(lblk) << self.geo.block_bits;
+        buf[(from - start) as usize..(to - start) as usize].fill(0);
+        blockstack::write_wait(&self.dev, sector, buf, BioFlags::empty())?;
+        inode.unflushed.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Finds the next data or hole at or after `offset`, as `lseek` does.
+    ///
+    /// # Errors
+    /// [`FsError::NoSuchAddress`] at or past the end of file, or without data behind `offset`.
+    pub fn seek(&self, inode: &Inode, offset: u64, what: Seek) -> FsResult<u64> {
+        inode.io.wait_clear(0, u32::MAX);
+        let data = inode.data.read();
+        if offset >= data.size {
+            return Err(FsError::NoSuchAddress);
+        }
+        let lblk = (offset >> self.geo.block_bits) as u32;
+        let found = map::next(self, inode, &data, lblk, what)?;
+        let found = found.map(|lblk| (u64::from(lblk) << self.geo.block_bits).max(offset));
+        match (what, found) {
+            (_, Some(at)) if at < data.size => Ok(at),
+            (Seek::Hole, _) => Ok(data.size),
+            (Seek::Data, _) => Err(FsError::NoSuchAddress),
+        }
+    }
+
+    /// Copies up to `len` bytes between files; gives the bytes copied.
+    ///
+    /// # Errors
+    /// Those of reading and writing, where nothing was copied.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the arguments of copy_file_range"
+    )]
+    pub fn copy_range(
+        self: &Arc<Self>,
+        from: &Arc<Inode>,
+        from_offset: u64,
+        to: &Arc<Inode>,
+        to_offset: u64,
+        len: u64,
+        caller: &Caller,
+    ) -> FsResult<u64> {
+        let mut copied = 0;
+        while copied < len {
+            let step = (len - copied).min(MAX_IO.into()) as u32;
+            let part = self.copy_part(
+                from,
+                from_offset + copied,
+                to,
+                to_offset + copied,
+                step,
+                caller,
+            );
+            match part {
+                Ok(0) => break,
+                Ok(part) => copied += u64::from(part),
+                Err(_) if copied > 0 => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(copied)
+    }
+
+    fn copy_part(
+        self: &Arc<Self>,
+        from: &Arc<Inode>,
+        from_offset: u64,
+        to: &Arc<Inode>,
+        to_offset: u64,
+        len: u32,
+        caller: &Caller,
+    ) -> FsResult<u32> {
+        let (answer, wait) = answer_slot();
+        self.read(
+            from,
+            from_offset,
+            len,
+            Box::new(move |res| answer(res.map(<[u8]>::to_vec))),
+        );
+        let bytes = wait.take()?;
+        if bytes.is_empty() {
+            return Ok(0);
+        }
+        let (answer, wait) = answer_slot();
+        let origin = Origin::Direct { kill_priv: true };
+        self.write(to, to_offset, &bytes, origin, caller, Box::new(answer));
+        wait.take()
+    }
+}
+
+/// Bytes of page cache writes under way.
+pub type Behind = AtomicUsize;
+
+pub(crate) struct Answer<T>(
+    Arc<(
+        blockstack::sync::Mutex<Option<FsResult<T>>>,
+        blockstack::sync::Condvar,
+    )>,
+);
+
+impl<T> Answer<T> {
+    /// Waits for the answer.
+    pub(crate) fn take(self) -> FsResult<T> {
+        let (slot, woken) = &*self.0;
+        let mut slot = slot.lock();
+        loop {
+            if let Some(answer) = slot.take() {
+                return answer;
+            }
+            woken.wait(&mut slot);
+        }
+    }
+}
+
+/// A place for an answer that comes from another thread.
+pub(crate) fn answer_slot<T: Send + 'static>()
+-> (impl FnOnce(FsResult<T>) + Send + 'static, Answer<T>) {
+    let slot = Arc::new((
+        blockstack::sync::Mutex::new(blockstack::sync::Rank::Pool, None),
+        blockstack::sync::Condvar::new(),
+    ));
+    let answer = Answer(slot.clone());
+    let put = move |value| {
+        *slot.0.lock_nested() = Some(value);
+        slot.1.notify_one();
+    };
+    (put, answer)
+}

@@ -1,0 +1,686 @@
+//! Each request of the protocol, turned into an operation.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, Generation, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags as FuseRenameFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
+    ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
+    WriteFlags,
+};
+
+use super::FuseConfig;
+use super::attrs::{
+    file_attr, ino, kind_of_entry, kind_of_mode, negative, node, set_time, timespec,
+};
+use super::errno::errno;
+use super::gate::Gate;
+use crate::core::Fs;
+use crate::data::{MAX_IO, Origin};
+use crate::dir::Emit;
+use crate::error::{FsError, FsResult};
+use crate::inode::map::Seek;
+use crate::ops::space::FallocMode;
+use crate::ops::{Attr, Caller, NAME_MAX, NewNode, RenameFlags, SetAttr, ioctl::FsXattr};
+use crate::xattr::XattrMode;
+
+/// Nobody else changes the image.
+const FOREVER: Duration = Duration::from_secs(1 << 30);
+
+const FS_IOC_GETFLAGS: u32 = 0x8008_6601;
+const FS_IOC_SETFLAGS: u32 = 0x4008_6602;
+const FS_IOC_GETVERSION: u32 = 0x8008_7601;
+const FS_IOC_SETVERSION: u32 = 0x4008_7602;
+const FS_IOC_FSGETXATTR: u32 = 0x801c_581f;
+const FS_IOC_FSSETXATTR: u32 = 0x401c_5820;
+
+/// What `fuser` calls.
+pub(super) struct Requests {
+    fs: Arc<Fs>,
+    gate: Arc<Gate>,
+    read_only: bool,
+}
+
+/// A request being handled.
+struct Turn<'a>(&'a Gate);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}
+
+fn code(error: FsError) -> Errno {
+    Errno::from_i32(errno(error))
+}
+
+fn caller(request: &Request) -> Caller {
+    Caller {
+        uid: request.uid(),
+        gid: request.gid(),
+    }
+}
+
+fn empty(reply: ReplyEmpty, result: FsResult) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(code(error)),
+    }
+}
+
+fn xattr_answer(reply: ReplyXattr, size: u32, result: FsResult<Vec<u8>>) {
+    match result {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
+        Ok(value) => reply.data(&value),
+        Err(error) => reply.error(code(error)),
+    }
+}
+
+impl Requests {
+    pub(super) fn new(fs: Arc<Fs>, config: &FuseConfig) -> Self {
+        Self {
+            fs,
+            gate: Gate::new(config.loops),
+            read_only: config.read_only,
+        }
+    }
+
+    fn turn(&self) -> Turn<'_> {
+        self.gate.enter();
+        Turn(&self.gate)
+    }
+
+    fn entry(&self, reply: ReplyEntry, result: FsResult<Attr>) {
+        match result {
+            Ok(attr) => {
+                let generation = Generation(attr.generation.into());
+                reply.entry(
+                    &FOREVER,
+                    &file_attr(&attr, self.fs.geo.block_size),
+                    generation,
+                );
+            }
+            Err(error) => reply.error(code(error)),
+        }
+    }
+
+    fn attr(&self, reply: ReplyAttr, result: FsResult<Attr>) {
+        match result {
+            Ok(attr) => reply.attr(&FOREVER, &file_attr(&attr, self.fs.geo.block_size)),
+            Err(error) => reply.error(code(error)),
+        }
+    }
+
+    fn run_ioctl(&self, ino: u32, cmd: u32, input: &[u8]) -> FsResult<Vec<u8>> {
+        let word = |at: usize| -> FsResult<u32> {
+            let bytes = input.get(at..at + 4).ok_or(FsError::Invalid)?;
+            bytes
+                .try_into()
+                .map(u32::from_le_bytes)
+                .or(Err(FsError::Invalid))
+        };
+        match cmd {
+            FS_IOC_GETFLAGS => Ok(self.fs.flags(ino)?.to_le_bytes().to_vec()),
+            FS_IOC_SETFLAGS => self.fs.set_flags(ino, word(0)?).map(|()| Vec::new()),
+            FS_IOC_GETVERSION => Ok(self.fs.generation(ino)?.to_le_bytes().to_vec()),
+            FS_IOC_SETVERSION => self.fs.set_generation(ino, word(0)?).map(|()| Vec::new()),
+            FS_IOC_FSGETXATTR => {
+                let set = self.fs.fsxattr(ino)?;
+                let mut out = vec![0; 28];
+                out[..4].copy_from_slice(&set.xflags.to_le_bytes());
+                out[12..16].copy_from_slice(&set.projid.to_le_bytes());
+                Ok(out)
+            }
+            FS_IOC_FSSETXATTR => {
+                let set = FsXattr {
+                    xflags: word(0)?,
+                    projid: word(12)?,
+                };
+                self.fs.set_fsxattr(ino, set).map(|()| Vec::new())
+            }
+            _ => Err(FsError::NotTty),
+        }
+    }
+}
+
+impl Filesystem for Requests {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let mut wanted = vec![
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            InitFlags::FUSE_NO_OPEN_SUPPORT,
+            InitFlags::FUSE_NO_OPENDIR_SUPPORT,
+            InitFlags::FUSE_HAS_IOCTL_DIR,
+            InitFlags::FUSE_DONT_MASK,
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+        ];
+        if !self.read_only {
+            wanted.push(InitFlags::FUSE_WRITEBACK_CACHE);
+        }
+        if self.fs.opts.acl {
+            wanted.push(InitFlags::FUSE_POSIX_ACL);
+        }
+        for flag in wanted {
+            if let Err(missing) = config.add_capabilities(flag) {
+                log::debug!("the kernel's FUSE lacks {missing:?}");
+            }
+        }
+        // Each of these answers with the nearest value the kernel takes.
+        if let Err(nearest) = config.set_max_write(MAX_IO) {
+            config.set_max_write(nearest).ok();
+        }
+        if let Err(nearest) = config.set_max_readahead(MAX_IO) {
+            config.set_max_readahead(nearest).ok();
+        }
+        config.set_max_background(64).ok();
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _turn = self.turn();
+        match self.fs.lookup(ino(parent), name.as_bytes()) {
+            Ok(None) => reply.entry(&FOREVER, &negative(), Generation(0)),
+            Ok(Some(attr)) => self.entry(reply, Ok(attr)),
+            Err(error) => reply.error(code(error)),
+        }
+    }
+
+    fn forget(&self, _: &Request, node: INodeNo, nlookup: u64) {
+        let _turn = self.turn();
+        self.fs.forget(ino(node), nlookup);
+    }
+
+    fn getattr(&self, _: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        let _turn = self.turn();
+        self.attr(reply, self.fs.getattr(ino(node)));
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        ctime: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let _turn = self.turn();
+        let set = SetAttr {
+            mode: mode.map(|mode| mode as u16),
+            uid,
+            gid,
+            size,
+            atime: atime.map(set_time),
+            mtime: mtime.map(set_time),
+            ctime: ctime.map(timespec),
+        };
+        self.attr(reply, self.fs.setattr(ino(node), &set, &caller(request)));
+    }
+
+    fn readlink(&self, _: &Request, node: INodeNo, reply: ReplyData) {
+        let _turn = self.turn();
+        match self.fs.readlink(ino(node)) {
+            Ok(target) => reply.data(&target),
+            Err(error) => reply.error(code(error)),
+        }
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        let _turn = self.turn();
+        let node = NewNode::Node {
+            mode: mode as u16,
+            rdev,
+        };
+        let made = self
+            .fs
+            .create(ino(parent), name.as_bytes(), node, umask, &caller(request));
+        self.entry(reply, made);
+    }
+
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let _turn = self.turn();
+        let node = NewNode::Directory { mode: mode as u16 };
+        let made = self
+            .fs
+            .create(ino(parent), name.as_bytes(), node, umask, &caller(request));
+        self.entry(reply, made);
+    }
+
+    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.turn();
+        empty(reply, self.fs.unlink(ino(parent), name.as_bytes()));
+    }
+
+    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.turn();
+        empty(reply, self.fs.rmdir(ino(parent), name.as_bytes()));
+    }
+
+    fn symlink(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        target: &Path,
+        reply: ReplyEntry,
+    ) {
+        let _turn = self.turn();
+        let node = NewNode::Symlink {
+            target: target.as_os_str().as_bytes(),
+        };
+        let made = self
+            .fs
+            .create(ino(parent), name.as_bytes(), node, 0, &caller(request));
+        self.entry(reply, made);
+    }
+
+    fn rename(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: FuseRenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let _turn = self.turn();
+        let flags = RenameFlags::from_bits_retain(flags.bits());
+        let result = self.fs.rename(
+            ino(parent),
+            name.as_bytes(),
+            ino(new_parent),
+            new_name.as_bytes(),
+            flags,
+            &caller(request),
+        );
+        empty(reply, result);
+    }
+
+    fn link(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        reply: ReplyEntry,
+    ) {
+        let _turn = self.turn();
+        self.entry(
+            reply,
+            self.fs
+                .link(ino(node), ino(new_parent), new_name.as_bytes()),
+        );
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        // From now on the kernel opens and closes by itself.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn create(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        _: u32,
+        _: u32,
+        _: i32,
+        reply: ReplyCreate,
+    ) {
+        // From now on the kernel sends MKNOD, whose files need no release.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let _turn = self.turn();
+        let inode = match self.fs.iget(ino(node)) {
+            Ok(inode) => inode,
+            Err(error) => return reply.error(code(error)),
+        };
+        let answer = move |result: FsResult<&[u8]>| match result {
+            Ok(bytes) => reply.data(bytes),
+            Err(error) => reply.error(code(error)),
+        };
+        self.fs.read(&inode, offset, size, Box::new(answer));
+    }
+
+    fn write(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let _turn = self.turn();
+        let inode = match self.fs.iget(ino(node)) {
+            Ok(inode) => inode,
+            Err(error) => return reply.error(code(error)),
+        };
+        let origin = if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+            Origin::PageCache
+        } else {
+            let kill_priv = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+            Origin::Direct { kill_priv }
+        };
+        let answer = move |result: FsResult<u32>| match result {
+            Ok(written) => reply.written(written),
+            Err(error) => reply.error(code(error)),
+        };
+        self.fs.write(
+            &inode,
+            offset,
+            data,
+            origin,
+            &caller(request),
+            Box::new(answer),
+        );
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        // Nothing happens at a close; the kernel need not ask again.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fsync(&self, _: &Request, node: INodeNo, _: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        let _turn = self.turn();
+        let result = self
+            .fs
+            .iget(ino(node))
+            .and_then(|inode| self.fs.fsync(&inode, datasync));
+        empty(reply, result);
+    }
+
+    fn readdir(
+        &self,
+        _: &Request,
+        node_id: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let _turn = self.turn();
+        let result = self.fs.readdir(ino(node_id), offset, &mut |entry| {
+            let kind = kind_of_entry(entry.ftype).unwrap_or_else(|| {
+                // An image without file types in its directories: the inode knows.
+                match self.fs.iget_named(entry.ino) {
+                    Ok(inode) => kind_of_mode(inode.type_bits),
+                    Err(_logged) => fuser::FileType::RegularFile,
+                }
+            });
+            let name = OsStr::from_bytes(entry.name);
+            if reply.add(INodeNo(entry.ino.into()), entry.next_cookie, kind, name) {
+                Emit::Full
+            } else {
+                Emit::More
+            }
+        });
+        match result {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(code(error)),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _: &Request,
+        node_id: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let _turn = self.turn();
+        let result = self
+            .fs
+            .readdirplus(ino(node_id), offset, &mut |entry, attr| {
+                let name = OsStr::from_bytes(entry.name);
+                let (attr, generation) = match attr {
+                    Some(attr) => {
+                        let generation = Generation(attr.generation.into());
+                        (file_attr(attr, self.fs.geo.block_size), generation)
+                    }
+                    // "." and "..": the kernel takes only number and name.
+                    None => {
+                        let mut attr = negative();
+                        attr.kind = fuser::FileType::Directory;
+                        attr.ino = node(entry.ino);
+                        (attr, Generation(0))
+                    }
+                };
+                let full = reply.add(
+                    attr.ino,
+                    entry.next_cookie,
+                    name,
+                    &FOREVER,
+                    &attr,
+                    generation,
+                );
+                if full { Emit::Full } else { Emit::More }
+            });
+        match result {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(code(error)),
+        }
+    }
+
+    fn fsyncdir(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        _: FileHandle,
+        datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        let _turn = self.turn();
+        let result = self
+            .fs
+            .iget(ino(node))
+            .and_then(|inode| self.fs.fsync(&inode, datasync));
+        empty(reply, result);
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        let _turn = self.turn();
+        let stat = self.fs.statfs();
+        reply.statfs(
+            stat.blocks,
+            stat.bfree,
+            stat.bavail,
+            stat.files,
+            stat.ffree,
+            stat.bsize,
+            NAME_MAX as u32,
+            stat.bsize,
+        );
+    }
+
+    fn setxattr(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _: u32,
+        reply: ReplyEmpty,
+    ) {
+        let _turn = self.turn();
+        let mode = match flags {
+            0 => XattrMode::Any,
+            libc::XATTR_CREATE => XattrMode::Create,
+            libc::XATTR_REPLACE => XattrMode::Replace,
+            _ => return reply.error(Errno::EINVAL),
+        };
+        empty(
+            reply,
+            self.fs
+                .setxattr(ino(node), name.as_bytes(), Some(value), mode),
+        );
+    }
+
+    fn getxattr(&self, _: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let _turn = self.turn();
+        xattr_answer(reply, size, self.fs.getxattr(ino(node), name.as_bytes()));
+    }
+
+    fn listxattr(&self, _: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
+        let _turn = self.turn();
+        xattr_answer(reply, size, self.fs.listxattr(ino(node)));
+    }
+
+    fn removexattr(&self, _: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.turn();
+        let result = self
+            .fs
+            .setxattr(ino(node), name.as_bytes(), None, XattrMode::Replace);
+        empty(reply, result);
+    }
+
+    fn ioctl(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        _: FileHandle,
+        _: IoctlFlags,
+        cmd: u32,
+        in_data: &[u8],
+        out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        let _turn = self.turn();
+        match self.run_ioctl(ino(node), cmd, in_data) {
+            Ok(out) => reply.ioctl(0, &out[..out.len().min(out_size as usize)]),
+            Err(error) => reply.error(code(error)),
+        }
+    }
+
+    fn fallocate(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let _turn = self.turn();
+        let result = FallocMode::from_bits(mode)
+            .ok_or(FsError::NotSupported)
+            .and_then(|mode| {
+                let inode = self.fs.iget(ino(node))?;
+                self.fs
+                    .fallocate(&inode, mode, offset, length, &caller(request))
+            });
+        empty(reply, result);
+    }
+
+    fn lseek(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        _: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let _turn = self.turn();
+        let result = (|| {
+            let offset = u64::try_from(offset).or(Err(FsError::NoSuchAddress))?;
+            let what = match whence {
+                libc::SEEK_DATA => Seek::Data,
+                libc::SEEK_HOLE => Seek::Hole,
+                _ => return Err(FsError::Invalid),
+            };
+            let inode = self.fs.iget(ino(node))?;
+            self.fs.seek(&inode, offset, what)
+        })();
+        match result {
+            Ok(at) => reply.offset(at as i64),
+            Err(error) => reply.error(code(error)),
+        }
+    }
+
+    fn copy_file_range(
+        &self,
+        request: &Request,
+        ino_in: INodeNo,
+        _: FileHandle,
+        offset_in: u64,
+        ino_out: INodeNo,
+        _: FileHandle,
+        offset_out: u64,
+        len: u64,
+        _: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let _turn = self.turn();
+        let result = (|| {
+            let from = self.fs.iget(ino(ino_in))?;
+            let to = self.fs.iget(ino(ino_out))?;
+            // The answer counts in 32 bits.
+            let len = len.min(1 << 30);
+            self.fs
+                .copy_range(&from, offset_in, &to, offset_out, len, &caller(request))
+        })();
+        match result {
+            Ok(copied) => reply.written(copied as u32),
+            Err(error) => reply.error(code(error)),
+        }
+    }
+}

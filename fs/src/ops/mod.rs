@@ -1,0 +1,158 @@
+//! Operations, as POSIX and the kernel's VFS mean them. They know no FUSE type.
+//!
+//! Permission bits are the caller's business (the kernel checks them, as the mount asks it to).
+//!
+//! # Locking
+//!
+//! create, link, unlink: parent (w) -> child (w) -> transaction
+//! rename: rename -> parents, ancestor first, else ascending -> children, ascending -> transaction
+
+pub mod attr;
+pub mod ioctl;
+pub mod namei;
+pub mod rename;
+pub mod space;
+
+use crate::core::Fs;
+use crate::format::inode::{InodeData, InodeFlags, Timespec};
+use crate::inode::Inode;
+
+pub use attr::{SetAttr, SetTime};
+pub use namei::NewNode;
+pub use rename::RenameFlags;
+
+/// The longest name, in bytes.
+pub const NAME_MAX: usize = 255;
+/// Hard links an inode can have; directories may have more with `dir_nlink`.
+pub const LINK_MAX: u16 = 65000;
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Caller {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// What `stat` tells.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[expect(missing_docs, reason = "the fields of struct stat")]
+pub struct Attr {
+    pub ino: u32,
+    pub generation: u32,
+    pub mode: u16,
+    pub nlink: u32,
+    pub uid: u32,
+    pub gid: u32,
+    /// As the kernel encodes it in 32 bits.
+    pub rdev: u32,
+    pub size: u64,
+    /// Sectors of 512 bytes.
+    pub blocks: u64,
+    pub atime: Timespec,
+    pub mtime: Timespec,
+    pub ctime: Timespec,
+    pub crtime: Timespec,
+}
+
+/// Space, as `statfs` tells it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct StatFs {
+    /// Blocks of the file system without its own metadata.
+    pub blocks: u64,
+    /// Free blocks.
+    pub bfree: u64,
+    /// Free blocks for those who are not root.
+    pub bavail: u64,
+    /// Inodes.
+    pub files: u64,
+    /// Free inodes.
+    pub ffree: u64,
+    /// Bytes in a block.
+    pub bsize: u32,
+}
+
+/// The device number of a special file, in the kernel's 32-bit encoding.
+fn rdev(data: &InodeData) -> u32 {
+    let word = |at: usize| {
+        u32::from_le_bytes([
+            data.block[at],
+            data.block[at + 1],
+            data.block[at + 2],
+            data.block[at + 3],
+        ])
+    };
+    // The old encoding is the new one for numbers up to 255.
+    if word(0) != 0 {
+        word(0) & 0xffff
+    } else {
+        word(4)
+    }
+}
+
+fn set_rdev(data: &mut InodeData, rdev: u32) {
+    let fits_old = rdev <= 0xffff;
+    data.block = [0; 60];
+    let at = if fits_old { 0 } else { 4 };
+    data.block[at..at + 4].copy_from_slice(&rdev.to_le_bytes());
+}
+
+impl Fs {
+    /// What `stat` tells of an inode whose lock is held.
+    #[must_use]
+    pub fn attr_of(&self, inode: &Inode, data: &InodeData) -> Attr {
+        let special = matches!(data.file_type(), libc::S_IFCHR | libc::S_IFBLK);
+        Attr {
+            ino: inode.ino,
+            generation: data.generation,
+            mode: data.mode,
+            nlink: data.links.into(),
+            uid: data.uid,
+            gid: data.gid,
+            rdev: if special { rdev(data) } else { 0 },
+            size: self.visible_size(inode, data),
+            blocks: data.sectors,
+            atime: data.atime,
+            mtime: data.mtime,
+            ctime: data.ctime,
+            crtime: data.crtime,
+        }
+    }
+
+    /// Free and used space.
+    #[must_use]
+    pub fn statfs(&self) -> StatFs {
+        let counts = self.alloc.counts();
+        StatFs {
+            blocks: self.geo.blocks_count.saturating_sub(self.overhead),
+            bfree: counts.free_blocks,
+            bavail: counts.free_blocks.saturating_sub(counts.reserved_blocks),
+            files: self.geo.inodes_count.into(),
+            ffree: counts.free_inodes.into(),
+            bsize: self.geo.block_size,
+        }
+    }
+}
+
+/// Flags a new inode takes over from its directory.
+fn inherited_flags(parent: InodeFlags, is_dir: bool, is_file: bool) -> InodeFlags {
+    let mut flags = InodeFlags::SECRM
+        | InodeFlags::UNRM
+        | InodeFlags::COMPR
+        | InodeFlags::SYNC
+        | InodeFlags::NODUMP
+        | InodeFlags::NOATIME
+        | InodeFlags::JOURNAL_DATA
+        | InodeFlags::NOTAIL
+        | InodeFlags::DIRSYNC
+        | InodeFlags::PROJINHERIT
+        | InodeFlags::DAX;
+    if !is_dir {
+        flags.remove(InodeFlags::DIRSYNC | InodeFlags::PROJINHERIT);
+    }
+    if !is_dir && !is_file {
+        flags = InodeFlags::NODUMP | InodeFlags::NOATIME;
+    }
+    parent & flags
+}
