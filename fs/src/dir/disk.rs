@@ -2,6 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use bufio::{BufError, Buffer, Invalid, ReadGuard, Validator, no_check};
 
@@ -201,6 +202,14 @@ impl<D: Deref<Target = InodeData>> Store for Disk<'_, D> {
             })
     }
 
+    fn prefetch(&self, lblk: u32, count: u32) {
+        let mapping = map::lookup(self.fs, self.inode, &self.data, lblk, count);
+        // A hint: whoever reads the blocks will see what is wrong.
+        if let Some(run) = mapping.ok().filter(|m| m.kind == MapKind::Mapped) {
+            self.fs.bufs.prefetch(run.pblk, run.len.into());
+        }
+    }
+
     fn bytes<'b>(&'b self, block: &'b Buffer) -> ReadGuard<'b> {
         block.data()
     }
@@ -212,8 +221,12 @@ impl<D: Deref<Target = InodeData>> Store for Disk<'_, D> {
     }
 
     fn warn(&self, what: &'static str, lblk: u32) {
+        // Every lookup comes here; one line for a directory is enough.
+        static LAST: AtomicU32 = AtomicU32::new(0);
         let ino = self.inode.ino;
-        log::warn!("directory {ino}: {what}, block {lblk} of the directory; run e2fsck -D");
+        if LAST.swap(ino, Ordering::Relaxed) != ino {
+            log::warn!("directory {ino}: {what}, block {lblk} of the directory; run e2fsck -D");
+        }
     }
 }
 
@@ -230,7 +243,8 @@ impl StoreMut for Disk<'_, Change<'_>> {
     fn append(&mut self) -> FsResult<(u32, Buffer)> {
         let (fs, inode, handle) = (self.fs, self.inode, self.data.handle);
         let block_size = u64::from(fs.geo.block_size);
-        let size = self.data.size + block_size;
+        let lblk = self.blocks();
+        let size = (u64::from(lblk) + 1) * block_size;
         // The upper half of the size means something else in directories without large_dir, and
         // index entries have 28 bits for a block.
         let large = fs.geo.incompat.contains(Incompat::LARGEDIR);
@@ -242,7 +256,6 @@ impl StoreMut for Disk<'_, Change<'_>> {
         if size > max {
             return Err(FsError::NoSpace);
         }
-        let lblk = self.blocks();
         let goal = fs.alloc.goal_for(inode.ino, &self.data, lblk);
         let run = fs.alloc.reserve(goal, 1, 1, Privilege::User)?;
         if let Err(error) = fs.alloc.commit_run(handle, run) {
@@ -271,5 +284,58 @@ impl StoreMut for Disk<'_, Change<'_>> {
     fn full(&self) -> FsError {
         log::warn!("directory {}: index full", self.inode.ino);
         FsError::NoSpace
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn kinds(block_size: usize) -> (DirValidator, [Vec<u8>; 3]) {
+        let layout = DirLayout {
+            block_size,
+            filetype: true,
+            tail: true,
+            max_ino: 100,
+        };
+        let mut leaf = vec![0; block_size];
+        dirent::fill_dots(&mut leaf, layout, 12, 2);
+        let mut root = leaf.clone();
+        let dots = dirent::dots(&root, layout).unwrap();
+        htree::make_root(&mut root, layout, &dots, HashKind::Tea, 1);
+        let mut node = vec![0; block_size];
+        htree::fill_node(&mut node, layout);
+        htree::DxEdit::new(&mut node, DxKind::Node, layout).assign(&[(0, 3), (77, 4)]);
+        (DirValidator { seed: 99, layout }, [leaf, root, node])
+    }
+
+    proptest! {
+        #[test]
+        fn a_flipped_bit_is_seen(bits in 10..13_u32, at in any::<prop::sample::Index>(), bit in 0..8) {
+            let (validator, blocks) = kinds(1 << bits);
+            for mut block in blocks {
+                validator.prepare(7, &mut block);
+                prop_assert_eq!(validator.check(7, &block), Ok(()));
+                let used = match htree::kind_by_content(&block, validator.layout) {
+                    None => block.len(),
+                    Some(kind) => htree::checksum_span(&block, kind, validator.layout).unwrap().covered,
+                };
+                block[at.index(used)] ^= 1_u8 << bit;
+                prop_assert!(validator.check(7, &block).is_err());
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_survived(head in prop::collection::vec(any::<u8>(), 48), limit in any::<u32>()) {
+            let (validator, blocks) = kinds(1024);
+            for mut block in blocks {
+                block[32..36].copy_from_slice(&limit.to_le_bytes());
+                prop_assert!(validator.check(7, &block).is_err());
+                block[..48].copy_from_slice(&head);
+                validator.prepare(7, &mut block);
+            }
+        }
     }
 }

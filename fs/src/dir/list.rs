@@ -11,33 +11,11 @@
 
 use std::cmp::Ordering;
 
-use crate::dir::names;
 use crate::dir::store::Store;
 use crate::dir::tree::{self, Tree, TreeError};
-use crate::format::dirent::{self, DIR_TYPE};
+use crate::dir::{Emit, Entry, FileType, names};
+use crate::format::dirent;
 use crate::format::htree::{HashKind, Hasher};
-
-/// One listed name.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct RawEntry<'a> {
-    /// Inode number.
-    pub ino: u32,
-    /// File type byte.
-    pub ftype: u8,
-    /// The name.
-    pub name: &'a [u8],
-    /// Goes on behind this name.
-    pub next_cookie: u64,
-}
-
-/// What a receiver of names says.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Emit {
-    /// The name was taken; go on.
-    More,
-    /// The name was not taken, or no further one is wanted.
-    Full,
-}
 
 /// Offsets of directories are signed in many programs.
 const MAX_COOKIE: u64 = u64::MAX >> 1;
@@ -75,7 +53,7 @@ fn key_from(major: u32, minor: u64) -> u64 {
 pub(crate) fn list<S: Store>(
     store: &S,
     cookie: u64,
-    emit: &mut dyn FnMut(&RawEntry<'_>) -> Emit,
+    emit: &mut dyn FnMut(&Entry<'_>) -> Emit,
 ) -> Result<(), S::Error> {
     let config = store.config();
     if !config.dir_index {
@@ -102,12 +80,13 @@ pub(crate) fn list<S: Store>(
 fn list_linear<S: Store>(
     store: &S,
     cookie: u64,
-    emit: &mut dyn FnMut(&RawEntry<'_>) -> Emit,
+    emit: &mut dyn FnMut(&Entry<'_>) -> Emit,
 ) -> Result<(), S::Error> {
     let size = store.config().layout.block_size as u64;
     let first = u32::try_from(cookie / size).unwrap_or(u32::MAX);
     let mut scratch = Scratch::default();
     for lblk in first..store.blocks() {
+        names::read_ahead(store, lblk);
         let block = store.read(lblk)?;
         let start = u64::from(lblk) * size;
         scratch.clear();
@@ -133,25 +112,27 @@ fn list_hashed<S: Store>(
     hasher: &Hasher,
     tree: Option<&Tree<S::Block>>,
     cookie: u64,
-    emit: &mut dyn FnMut(&RawEntry<'_>) -> Emit,
+    emit: &mut dyn FnMut(&Entry<'_>) -> Emit,
 ) -> Result<(), S::Error> {
     if cookie < BEHIND_DOTDOT {
+        // The leaves come in the order of hashes, so at best all of a small directory is there.
+        names::read_ahead(store, 0);
         let first = store.read(0)?;
         let dots = names::dots(store, &first)?;
         drop(first);
         let ftype = if store.config().layout.filetype {
-            DIR_TYPE
+            FileType::Directory
         } else {
-            0
+            FileType::Unknown
         };
         let both = [
-            RawEntry {
+            Entry {
                 ino: dots.this,
                 ftype,
                 name: b".",
                 next_cookie: BEHIND_DOT,
             },
-            RawEntry {
+            Entry {
                 ino: dots.parent,
                 ftype,
                 name: b"..",
@@ -185,7 +166,7 @@ fn list_tree<S: Store>(
     major: u32,
     position: u64,
     scratch: &mut Scratch,
-    emit: &mut dyn FnMut(&RawEntry<'_>) -> Emit,
+    emit: &mut dyn FnMut(&Entry<'_>) -> Emit,
 ) -> Result<(), TreeError<S::Error>> {
     let mut path = tree.descend(store, major)?;
     let mut least = key_from(path.leaf_hash(store)?, 0);
@@ -257,10 +238,10 @@ impl Scratch {
         &self.names[item.start..item.start + item.len]
     }
 
-    fn entry<'a>(&'a self, item: &Item, next_cookie: u64) -> RawEntry<'a> {
-        RawEntry {
+    fn entry<'a>(&'a self, item: &Item, next_cookie: u64) -> Entry<'a> {
+        Entry {
             ino: item.ino,
-            ftype: item.ftype,
+            ftype: FileType::from_raw(item.ftype),
             name: self.name(item),
             next_cookie,
         }
@@ -287,7 +268,7 @@ impl Scratch {
     }
 
     /// Sorts, and emits what is not before `position`.
-    fn emit_from(&mut self, position: u64, emit: &mut dyn FnMut(&RawEntry<'_>) -> Emit) -> Emit {
+    fn emit_from(&mut self, position: u64, emit: &mut dyn FnMut(&Entry<'_>) -> Emit) -> Emit {
         let names = &self.names;
         let name = |i: &Item| &names[i.start..i.start + i.len];
         self.items.sort_unstable_by(|a, b| match a.key.cmp(&b.key) {

@@ -37,8 +37,6 @@ use crate::format::inode::InodeData;
 use crate::inode::Inode;
 use crate::journal::Handle;
 
-pub use list::Emit;
-
 /// `d_type` of a directory entry on disk.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u8)]
@@ -98,6 +96,15 @@ pub struct Entry<'a> {
     pub name: &'a [u8],
     /// Where a listing goes on after this entry.
     pub next_cookie: u64,
+}
+
+/// Whether a listing goes on.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Emit {
+    /// The entry was taken; go on.
+    More,
+    /// The entry was not taken, or no further one is wanted.
+    Full,
 }
 
 /// Finds a name. The caller holds the directory's lock for reading.
@@ -201,14 +208,7 @@ pub fn read(
     cookie: u64,
     emit: &mut dyn FnMut(&Entry<'_>) -> Emit,
 ) -> FsResult {
-    list::list(&Disk::reader(fs, dir, data), cookie, &mut |raw| {
-        emit(&Entry {
-            ino: raw.ino,
-            ftype: FileType::from_raw(raw.ftype),
-            name: raw.name,
-            next_cookie: raw.next_cookie,
-        })
-    })
+    list::list(&Disk::reader(fs, dir, data), cookie, emit)
 }
 
 /// Blocks that growing an index by one leaf changes at most: leaf, root, two levels of nodes, and
@@ -216,17 +216,19 @@ pub fn read(
 const TREE_BLOCKS: u32 = 8;
 /// New blocks among them.
 const NEW_BLOCKS: u32 = 4;
-/// What a new block changes beside itself: bitmap, group descriptor, and the way to it in the
-/// directory's mapping, of which at most one level is split for each.
-const BLOCKS_PER_NEW: u32 = 2 + 3;
+/// Bitmap and group descriptor of a new block.
+const BLOCKS_PER_NEW: u32 = 2;
+/// What a few new blocks behind each other change in the directory's mapping: the way to them,
+/// and new blocks of the mapping with bitmap and group descriptor.
+const MAPPING_BLOCKS: u32 = 16;
 
 /// Credits for adding a name, without the write of the directory's inode.
 #[must_use]
 pub fn add_credits(fs: &Fs) -> u32 {
     if fs.geo.compat.contains(Compat::DIR_INDEX) {
-        TREE_BLOCKS + NEW_BLOCKS * BLOCKS_PER_NEW
+        TREE_BLOCKS + NEW_BLOCKS * BLOCKS_PER_NEW + MAPPING_BLOCKS
     } else {
-        1 + BLOCKS_PER_NEW
+        1 + BLOCKS_PER_NEW + MAPPING_BLOCKS
     }
 }
 

@@ -5,6 +5,16 @@ use crate::dir::tree::{self, Place, TreeError};
 use crate::format::dirent::{self, Dots, Found};
 use crate::format::htree::{self, DxKind};
 
+/// Blocks asked for at once where all blocks will be read.
+const READ_AHEAD: u32 = 32;
+
+/// Called for each block of a scan: asks for the next few in time.
+pub(crate) fn read_ahead<S: Store>(store: &S, lblk: u32) {
+    if lblk % READ_AHEAD == 0 && store.blocks() > lblk + 1 {
+        store.prefetch(lblk, READ_AHEAD.min(store.blocks() - lblk));
+    }
+}
+
 /// Calls `f` with every used entry of block `lblk`, whichever kind of block it is, until it
 /// answers true.
 pub(crate) fn any_in_block<S: Store>(
@@ -95,6 +105,7 @@ pub(crate) fn dots<S: Store>(store: &S, block: &S::Block) -> Result<Dots, S::Err
 
 fn find_linear<S: Store>(store: &S, name: &[u8]) -> Result<Option<Place<S::Block>>, S::Error> {
     for lblk in 0..store.blocks() {
+        read_ahead(store, lblk);
         let block = store.read(lblk)?;
         let mut prev = None;
         let mut found = None;
@@ -208,7 +219,11 @@ pub(crate) fn set<S: StoreMut>(
 /// # Errors
 /// A block cannot be read or is damaged.
 pub(crate) fn is_empty<S: Store>(store: &S) -> Result<bool, S::Error> {
+    if store.blocks() == 0 {
+        return Err(store.corrupt("directory: size", 0));
+    }
     for lblk in 0..store.blocks() {
+        read_ahead(store, lblk);
         let block = store.read(lblk)?;
         if lblk == 0 {
             dots(store, &block)?;

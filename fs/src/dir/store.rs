@@ -58,6 +58,8 @@ pub(crate) trait Store {
     /// # Errors
     /// The block is a hole, cannot be read, or its checksum is wrong.
     fn read(&self, lblk: u32) -> Result<Self::Block, Self::Error>;
+    /// Starts to read blocks that will be asked for soon.
+    fn prefetch(&self, lblk: u32, count: u32);
     /// Returns the content of a block.
     fn bytes<'a>(&'a self, block: &'a Self::Block) -> Self::Bytes<'a>;
     /// Reports damage and makes the error for it.

@@ -1,12 +1,12 @@
-use std::cell::{Ref, RefCell, RefMut};
+use std::cell::{Cell, Ref, RefCell, RefMut};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use proptest::prelude::*;
 
-use super::list::{Emit, RawEntry, list};
-use super::names;
+use super::list::list;
 use super::store::{DirConfig, Store, StoreMut};
+use super::{Emit, Entry, names};
 use crate::format::dirent::DirLayout;
 use crate::format::htree::{self, CharSign, DxEntries, DxKind, HashKind};
 
@@ -17,6 +17,7 @@ struct Memory {
     indexed: bool,
     max_blocks: usize,
     warned: RefCell<Vec<&'static str>>,
+    reads: Cell<u32>,
 }
 
 #[derive(Debug, Eq, PartialEq)]
@@ -40,10 +41,14 @@ impl Store for Memory {
         self.indexed
     }
     fn read(&self, lblk: u32) -> Result<Self::Block, MemoryError> {
+        self.reads.set(self.reads.get() + 1);
         Ok(Rc::clone(&self.blocks[lblk as usize]))
     }
     fn bytes<'a>(&'a self, block: &'a Self::Block) -> Ref<'a, [u8]> {
         Ref::map(block.borrow(), Vec::as_slice)
+    }
+    fn prefetch(&self, lblk: u32, count: u32) {
+        assert!(lblk + count <= self.blocks());
     }
     fn corrupt(&self, what: &'static str, lblk: u32) -> MemoryError {
         MemoryError::Corrupt(what, lblk)
@@ -101,6 +106,7 @@ fn memory(config: DirConfig) -> Memory {
         indexed: false,
         max_blocks: usize::MAX,
         warned: RefCell::new(Vec::new()),
+        reads: Cell::new(0),
     };
     names::init(&mut store, 100, 2).unwrap();
     store
@@ -116,7 +122,7 @@ fn list_all(store: &Memory, piece: usize) -> Vec<(Vec<u8>, u32, u64)> {
     let mut cookie = 0;
     loop {
         let before = all.len();
-        list(store, cookie, &mut |e: &RawEntry<'_>| {
+        list(store, cookie, &mut |e: &Entry<'_>| {
             if all.len() - before == piece {
                 return Emit::Full;
             }
@@ -352,6 +358,16 @@ proptest! {
     }
 }
 
+/// Counts the entries of a one-level index that continue the leaf before.
+fn continuations(store: &Memory) -> usize {
+    let root = store.blocks[0].borrow();
+    let layout = store.config.layout;
+    let entries = DxEntries::new(&root, DxKind::Root, layout, store.blocks()).unwrap();
+    (0..entries.len())
+        .filter(|&i| entries.hash(i) & 1 == 1)
+        .count()
+}
+
 #[test]
 fn colliding_names_go_on_in_the_next_leaf() {
     // With a zero seed and 1 KiB blocks, names that differ only behind what `legacy` sees do not
@@ -375,6 +391,7 @@ fn colliding_names_go_on_in_the_next_leaf() {
         all.insert(name.clone());
     }
     check_index(&store);
+    assert!(continuations(&store) > 0);
     for piece in [1, 3, 1000] {
         let listed: Vec<_> = list_all(&store, piece)
             .into_iter()
@@ -475,4 +492,29 @@ fn parent_can_be_changed_with_and_without_index() {
         assert_eq!(lookup(&store, b".."), Some(55));
         assert_eq!(list_all(&store, 1)[1].1, 55);
     }
+}
+
+#[test]
+fn costs_stay_the_same_in_a_large_directory() {
+    const COUNT: u32 = 200_000;
+    let mut store = memory(config(4096, Some(HashKind::HalfMd4), true));
+    let name = |n: u32| format!("file-{n:07}").into_bytes();
+    for n in 0..COUNT {
+        store.reads.set(0);
+        names::add(&mut store, (&name(n), n + 1, 1)).unwrap();
+        // The root once more after it was read, a node, the leaf; all again after a split above.
+        assert!(store.reads.get() <= 9, "{}", store.reads.get());
+    }
+    check_index(&store);
+    for n in 0..COUNT {
+        store.reads.set(0);
+        assert_eq!(lookup(&store, &name(n)), Some(n + 1));
+        assert_eq!(store.reads.get(), 3, "root, node, leaf");
+    }
+    for n in 0..COUNT {
+        store.reads.set(0);
+        assert_eq!(names::remove(&mut store, &name(n)).unwrap(), Some(n + 1));
+        assert_eq!(store.reads.get(), 3, "root, node, leaf");
+    }
+    assert!(names::is_empty(&store).unwrap());
 }

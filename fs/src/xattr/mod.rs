@@ -289,9 +289,6 @@ fn block(fs: &Fs, inode: &Inode, data: &InodeData) -> FsResult<Option<Buffer>> {
     if !fs.geo.blocks_in_fs(pblk, 1) {
         return Err(fs.corrupt("inode: i_file_acl", pblk, inode.ino));
     }
-    if let Some(buffer) = fs.bufs.get(pblk) {
-        return Ok(Some(buffer));
-    }
     match fs.bufs.read(pblk, &validator(fs)) {
         Ok(buffer) => Ok(Some(buffer)),
         Err(BufError::Invalid { block, what }) => Err(fs.corrupt(what, block, inode.ino)),
