@@ -2,6 +2,8 @@
 //! here and read by e2fsck, debugfs and the kernel. What needs the kernel needs root and a loop
 //! device, and says so where it is skipped.
 
+#![expect(clippy::unwrap_used, reason = "a test ends where something is wrong")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
