@@ -812,6 +812,67 @@ fn damaged_images_give_errors() {
     }
 }
 
+/// The memory disk zeroes what is discarded: only what was free may have changed.
+#[test]
+fn a_trim_touches_free_blocks_only() {
+    let mut image = Image::new(
+        "-t ext4 -b 1024 -g 1024 -O ^has_journal",
+        "12M",
+        &with_files(1),
+    );
+    let fs = image.mount();
+    let mut file = File::open(&fs, FIRST_FILE, true);
+    for i in 0..500 {
+        file.insert(&fs, i * 2, 1, Written::Yes).unwrap();
+    }
+    file.remove(&fs, 100, 300);
+    fs.journal.commit_all().unwrap();
+    let mut bytes = image.disk.as_ref().unwrap().snapshot();
+    drop((file, fs));
+    // Marks the empty blocks, those of data among them; tables must stay empty.
+    let fs = Fs::mount(
+        MemDisk::from_bytes("image", bytes.clone()),
+        MountOptions::default(),
+    );
+    let fs = fs.unwrap();
+    let inode = Inode::new(&fs.geo, FIRST_FILE, fs.read_inode(FIRST_FILE).unwrap());
+    let data = inode.data.read().clone();
+    let mut marked: Vec<u64> = (0..1000)
+        .map(|lblk| map::lookup(&fs, &inode, &data, lblk, 1).unwrap().pblk)
+        .collect();
+    while let Ok(run) = fs.alloc.reserve(0, 100, 1, Privilege::Root) {
+        marked.extend(run.start..run.start + u64::from(run.len));
+    }
+    drop(fs);
+    for block in marked.into_iter().filter(|b| *b != 0) {
+        let block = &mut bytes[block as usize * 1024..][..1024];
+        if block.iter().all(|b| *b == 0) {
+            block[..8].copy_from_slice(b"old data");
+        }
+    }
+    let disk = MemDisk::from_bytes("image", bytes.clone());
+    let fs = Fs::mount(disk.clone(), MountOptions::default()).unwrap();
+    let free = fs.alloc.counts().free_blocks;
+    assert_eq!(fs.alloc.trim(0, u64::MAX, 1), Ok(free));
+    assert_eq!(fs.alloc.counts().free_blocks, free);
+    let now = disk.snapshot();
+    let changed = bytes
+        .chunks(1024)
+        .zip(now.chunks(1024))
+        .filter(|(a, b)| a != b)
+        .count();
+    assert!(changed > 0 && changed as u64 <= free, "{changed} of {free}");
+    let inode = Inode::new(&fs.geo, FIRST_FILE, fs.read_inode(FIRST_FILE).unwrap());
+    let data = inode.data.read();
+    for lblk in 0..1000 {
+        let m = map::lookup(&fs, &inode, &data, lblk, 1).unwrap();
+        if m.kind == MapKind::Mapped {
+            let at = m.pblk as usize * 1024;
+            assert_eq!(now[at..at + 8], *b"old data");
+        }
+    }
+}
+
 /// A removal that no single transaction could hold.
 #[test]
 fn a_removal_goes_on_over_restarts() {

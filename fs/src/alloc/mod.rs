@@ -12,6 +12,7 @@
 //! | `group` | descriptor and state of a group |
 //! | `blocks` | reserve, commit, free blocks |
 //! | `inodes` | take and free inodes |
+//! | `trim` | discards of what is free |
 //!
 //! # Locking
 //!
@@ -30,9 +31,10 @@ mod bits;
 mod blocks;
 mod group;
 mod inodes;
+mod trim;
 mod view;
 
-use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use blockstack::sync::{Mutex, Rank};
@@ -123,6 +125,8 @@ pub struct Alloc {
     freed_inodes: Mutex<Vec<(u32, u32)>>,
     /// Spreads top directories.
     spread: AtomicU32,
+    /// The device refused a discard.
+    no_discard: AtomicBool,
 }
 
 impl Alloc {
@@ -159,6 +163,7 @@ impl Alloc {
             },
             freed_inodes: Mutex::new(Rank::Counters, Vec::new()),
             spread: AtomicU32::new(raw.s_wtime.get()),
+            no_discard: AtomicBool::new(false),
             core: core.clone(),
         });
         if !clean || geo.group_count <= SUM_GROUPS {
@@ -300,6 +305,10 @@ impl Alloc {
 impl CommitHooks for Alloc {
     fn committed(&self, tid: u32, freed: &[FreedRange]) {
         for range in freed {
+            // Before anybody can write there again.
+            if self.core.opts.discard && !self.no_discard.load(Ordering::Relaxed) {
+                self.discard_freed(range.start, range.len);
+            }
             self.blocks_committed(range.start, range.len);
         }
         self.inodes_committed(tid);
