@@ -172,6 +172,8 @@ pub(crate) struct Core {
     life: Life,
     /// Whether `join` counts pieces of this bio.
     split: bool,
+    /// Whether the device it names has counted it.
+    counted: bool,
     sector: Sector,
     len: SectorCount,
     dev: Option<Arc<dyn BlockDevice>>,
@@ -201,6 +203,7 @@ impl<P: Pad + Default> Node<P> {
                 flags: BioFlags::empty(),
                 life: Life::Ended,
                 split: false,
+                counted: false,
                 sector: Sector::ZERO,
                 len: SectorCount::ZERO,
                 dev: None,
@@ -300,9 +303,22 @@ impl Bio {
         self.core().dev.as_ref()
     }
 
+    /// Marks the bio as counted by the device it names; `false` where it was so before.
+    pub(crate) fn account(&mut self) -> bool {
+        !std::mem::replace(&mut self.core_mut().counted, true)
+    }
+
     /// Names device and sector together.
     pub fn set_dev(&mut self, dev: Arc<dyn BlockDevice>, sector: Sector) {
         let core = self.core_mut();
+        if core.counted
+            && let Some(old) = &core.dev
+            && !Arc::ptr_eq(old, &dev)
+        {
+            old.stats().pass_on();
+            core.counted = false;
+            core.started = None;
+        }
         core.dev = Some(dev);
         core.sector = sector;
     }
@@ -477,6 +493,13 @@ impl Bio {
         let core = self.core_mut();
         core.life = Life::Ended;
         core.split = false;
+        if core.counted {
+            core.counted = false;
+            let started = core.started.take();
+            if let Some(dev) = &core.dev {
+                dev.stats().end(started, res);
+            }
+        }
         // A piece has no owner of its own, also where it was split again on its way down.
         if let Some(join) = core.piece_of.take() {
             join.record(res);

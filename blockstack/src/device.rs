@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use crate::bio::{Bio, Op};
+use crate::error::BlkResult;
 use crate::units::SectorCount;
 
 /// What a device can do; stacks from the bottom up.
@@ -86,6 +88,11 @@ pub trait BlockDevice: Send + Sync {
     fn submit(&self, bio: Bio);
 }
 
+/// Buckets of the latency histogram.
+pub const LATENCY_BUCKETS: usize = 20;
+/// One bio in so many has its latency taken; reading the clock costs more than all else here.
+const LATENCY_SAMPLE: u64 = 16;
+
 /// Counters of a device.
 #[derive(Debug, Default)]
 pub struct Stats {
@@ -95,6 +102,11 @@ pub struct Stats {
     discards: AtomicU64,
     sectors_read: AtomicU64,
     sectors_written: AtomicU64,
+    ended: AtomicU64,
+    /// Bios that another device took over.
+    passed_on: AtomicU64,
+    failed: AtomicU64,
+    latency: [AtomicU64; LATENCY_BUCKETS],
 }
 
 /// The counters at one moment.
@@ -112,33 +124,73 @@ pub struct StatsSnapshot {
     pub sectors_read: u64,
     /// Sectors of the writes.
     pub sectors_written: u64,
+    /// Bios accepted and not ended; those that were only sent on to another device do not count.
+    pub in_flight: u64,
+    /// Bios that ended with an error.
+    pub failed: u64,
+    /// Latencies of one bio in 16: bucket `n` counts those of less than `2^n` microseconds and not
+    /// less than half of that; the last takes what is longer.
+    pub latency: [u64; LATENCY_BUCKETS],
 }
 
 impl Stats {
     /// Counts a bio that the device is about to get.
     pub(crate) fn start(&self, bio: &mut Bio) {
+        if !bio.account() {
+            // The rest of a bio that was split comes by again.
+            return;
+        }
         let (count, sectors) = match bio.op() {
             Op::Read => (&self.reads, Some(&self.sectors_read)),
             Op::Write | Op::WriteZeroes => (&self.writes, Some(&self.sectors_written)),
             Op::Flush => (&self.flushes, None),
             Op::Discard => (&self.discards, None),
         };
-        count.fetch_add(1, Ordering::Relaxed);
+        let before = count.fetch_add(1, Ordering::Relaxed);
         if let Some(sectors) = sectors {
             sectors.fetch_add(bio.len().raw(), Ordering::Relaxed);
         }
+        if before % LATENCY_SAMPLE == 0 {
+            bio.core_mut().started = Some(Instant::now());
+        }
+    }
+
+    /// Counts the end of a bio.
+    pub(crate) fn end(&self, started: Option<Instant>, res: BlkResult) {
+        self.ended.fetch_add(1, Ordering::Relaxed);
+        if res.is_err() {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Some(started) = started {
+            let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+            let bucket = (u64::BITS - micros.leading_zeros()) as usize;
+            self.latency[bucket.min(LATENCY_BUCKETS - 1)].fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts a bio that goes on to another device.
+    pub(crate) fn pass_on(&self) {
+        self.passed_on.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The counters now.
     #[must_use]
     pub fn snapshot(&self) -> StatsSnapshot {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        // Ends first: what ends between the two looks in flight, never less than nothing.
+        let over = load(&self.ended) + load(&self.passed_on);
+        let (reads, writes) = (load(&self.reads), load(&self.writes));
+        let (flushes, discards) = (load(&self.flushes), load(&self.discards));
         StatsSnapshot {
-            reads: self.reads.load(Ordering::Relaxed),
-            writes: self.writes.load(Ordering::Relaxed),
-            flushes: self.flushes.load(Ordering::Relaxed),
-            discards: self.discards.load(Ordering::Relaxed),
-            sectors_read: self.sectors_read.load(Ordering::Relaxed),
-            sectors_written: self.sectors_written.load(Ordering::Relaxed),
+            reads,
+            writes,
+            flushes,
+            discards,
+            sectors_read: load(&self.sectors_read),
+            sectors_written: load(&self.sectors_written),
+            in_flight: (reads + writes + flushes + discards).saturating_sub(over),
+            failed: load(&self.failed),
+            latency: std::array::from_fn(|bucket| load(&self.latency[bucket])),
         }
     }
 }

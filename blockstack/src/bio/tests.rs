@@ -173,3 +173,56 @@ fn a_bio_is_used_again_by_its_owner() {
     }
     assert_eq!(set.in_use(), 0);
 }
+
+#[test]
+fn devices_count_what_they_have_in_flight() {
+    let lower = disk();
+    let (faulty, faults) = FaultyDisk::new(lower.clone());
+    let top: DynDevice = faulty;
+    let set = BioSet::new("test", 3);
+    faults.hold();
+    let logs: Vec<_> = (0..3)
+        .map(|_| {
+            let (bio, log) = bio(&set, Op::Read, 4096, Some(&top));
+            submit_bio(bio);
+            log
+        })
+        .collect();
+    assert_eq!(top.stats().snapshot().in_flight, 3);
+    faults.add(Rule::nth(1));
+    faults.release();
+    let results: Vec<_> = logs.iter().map(|log| log.lock()[0].0).collect();
+    assert_eq!(results, [Ok(()), Err(BlkError::Io), Ok(())]);
+    let (top, lower) = (top.stats().snapshot(), lower.stats().snapshot());
+    assert_eq!(
+        (top.reads, top.sectors_read, top.in_flight, top.failed),
+        (3, 24, 0, 1)
+    );
+    assert_eq!((lower.reads, lower.in_flight, lower.failed), (2, 0, 0));
+    assert_eq!(top.latency.iter().sum::<u64>(), 1);
+}
+
+#[test]
+fn a_bio_sent_on_is_no_longer_in_flight_above() {
+    let (first, second) = (disk(), disk());
+    let set = BioSet::new("test", 1);
+    let (mut bio, log) = bio(&set, Op::Write, 512, Some(&first));
+    first.stats().start(&mut bio);
+    bio.set_dev(second.clone(), Sector::ZERO);
+    submit_bio(bio);
+    assert_eq!(log.lock().len(), 1);
+    assert_eq!(
+        (
+            first.stats().snapshot().in_flight,
+            first.stats().snapshot().writes
+        ),
+        (0, 1)
+    );
+    assert_eq!(
+        (
+            second.stats().snapshot().in_flight,
+            second.stats().snapshot().writes
+        ),
+        (0, 1)
+    );
+}

@@ -64,6 +64,15 @@ enum Running {
     Threads(Arc<Threads>),
 }
 
+impl Running {
+    fn is_idle(&self) -> bool {
+        match self {
+            Self::Uring(engine) => engine.is_idle(),
+            Self::Threads(_) => true,
+        }
+    }
+}
+
 /// An image file or block device of the host.
 pub struct FileDisk {
     name: String,
@@ -161,7 +170,7 @@ impl BlockDevice for FileDisk {
     }
 
     fn submit(&self, bio: Bio) {
-        if self.inline && crate::submit::may_stay() {
+        if self.inline && self.engine.is_idle() && crate::submit::may_stay() {
             threads::run_here(&self.files, bio);
             return;
         }

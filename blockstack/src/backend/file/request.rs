@@ -286,3 +286,6 @@ fn choose(parts: &[Part], offset: u64, caps: &Caps) -> Via {
             .all(|part| part.addr % memory == 0 && part.len % caps.offset_align == 0);
     if fits { Via::Direct } else { Via::Cached }
 }
+
+#[cfg(test)]
+mod tests;

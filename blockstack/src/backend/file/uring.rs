@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -39,6 +40,8 @@ struct State {
 /// See the module's documentation.
 pub(super) struct Uring {
     state: Mutex<State>,
+    /// Bios taken and not ended; also read without the lock.
+    busy: AtomicUsize,
     ring: IoUring,
     files: Arc<Files>,
 }
@@ -67,6 +70,7 @@ impl Uring {
                     stop: false,
                 },
             ),
+            busy: AtomicUsize::new(0),
             ring,
             files,
         });
@@ -77,8 +81,16 @@ impl Uring {
         Ok((engine, thread))
     }
 
+    /// Whether nothing is in flight. A thread that has calls in flight must not sleep in a call of
+    /// its own: the system reports the completion of direct I/O through the thread that submitted
+    /// it, which it can wake from a lock but not from a disk.
+    pub(super) fn is_idle(&self) -> bool {
+        self.busy.load(Ordering::Relaxed) == 0
+    }
+
     /// Takes a bio.
     pub(super) fn submit(self: &Arc<Self>, bio: Bio) {
+        self.busy.fetch_add(1, Ordering::Relaxed);
         let ended = {
             let mut state = self.state.lock();
             match state.free.pop() {
@@ -93,6 +105,7 @@ impl Uring {
             }
         };
         if let Some((bio, res)) = ended {
+            self.busy.fetch_sub(1, Ordering::Relaxed);
             bio.complete(res);
             return;
         }
@@ -211,6 +224,7 @@ impl Uring {
             if queued {
                 self.kick();
             }
+            self.busy.fetch_sub(ended.len(), Ordering::Relaxed);
             for (bio, res) in ended.drain(..) {
                 finish(bio, res);
             }
