@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -189,6 +189,11 @@ pub(super) fn open(path: &Path, options: OpenOptions) -> Result<Opened, OpenErro
         read_only: options.read_only,
         offset_align: align.offset,
         memory_align: align.memory,
+        range_align: if is_device {
+            block_size_of_device(&cached).unwrap_or(512) as u64
+        } else {
+            512
+        },
         direct: AtomicBool::new(direct.is_some()),
         punch: AtomicBool::new(!options.read_only && can_punch(&cached, is_device, bytes)),
         zero_range: AtomicBool::new(!options.read_only),
@@ -271,7 +276,7 @@ fn dio_align(direct: &OwnedFd) -> Align {
 }
 
 /// The logical block size of a block device; `None` for a file.
-fn block_size_of_device(fd: &OwnedFd) -> Option<usize> {
+fn block_size_of_device(fd: &impl AsFd) -> Option<usize> {
     rustix::fs::ioctl_blksszget(fd)
         .ok()
         .map(|size| (size as usize).max(512))

@@ -22,6 +22,8 @@ pub(super) struct Caps {
     pub(super) offset_align: usize,
     /// Addresses of direct I/O are multiples of this many bytes.
     pub(super) memory_align: usize,
+    /// Ranges to punch or zero are multiples of this many bytes.
+    pub(super) range_align: u64,
     /// Whether there is a descriptor with `O_DIRECT`, and it works.
     pub(super) direct: AtomicBool,
     pub(super) punch: AtomicBool,
@@ -152,11 +154,8 @@ impl Request {
                         } else {
                             return Step::End(Err(BlkError::NotSupported));
                         };
-                        Step::Allocate {
-                            mode: mode | libc::FALLOC_FL_KEEP_SIZE,
-                            offset,
-                            len: bio.byte_len() as u64,
-                        }
+                        let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
+                        range(op, mode, offset, bio.byte_len() as u64, caps.range_align)
                     }
                 }
             }
@@ -258,6 +257,23 @@ impl Request {
                 self.last,
             );
         }
+    }
+}
+
+/// Discards what the host can of a range; zeroes all of it or refuses.
+fn range(op: Op, mode: i32, offset: u64, len: u64, align: u64) -> Step {
+    let start = offset.next_multiple_of(align);
+    let end = (offset + len) / align * align;
+    if op == Op::WriteZeroes && (start != offset || end != offset + len) {
+        return Step::End(Err(BlkError::NotSupported));
+    }
+    if start >= end {
+        return Step::End(Ok(()));
+    }
+    Step::Allocate {
+        mode,
+        offset: start,
+        len: end - start,
     }
 }
 

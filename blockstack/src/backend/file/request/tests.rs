@@ -8,6 +8,7 @@ fn caps() -> Caps {
         read_only: false,
         offset_align: 4096,
         memory_align: 512,
+        range_align: 512,
         direct: AtomicBool::new(true),
         punch: AtomicBool::new(true),
         zero_range: AtomicBool::new(true),
