@@ -2,6 +2,7 @@ use std::sync::mpsc::{Sender, channel};
 
 use super::{Dio, DioConfig, DioDone, DirectIo, Extent, Mapping};
 use crate::backend::mem::MemDisk;
+use crate::testing::faulty::FaultyDisk;
 use crate::{BioFlags, BlkError, BlkResult, Buf, PagePool, Sector, SectorCount};
 
 fn extent(kind: Mapping, sector: u64, len: u64) -> Extent {
@@ -137,4 +138,53 @@ fn the_first_error_wins_and_the_buffer_comes_back() {
         assert_eq!((buf.unwrap().len(), res), (1024, expected));
         assert_eq!(dio.in_flight(), 0);
     }
+}
+
+#[test]
+fn a_file_has_a_bio_also_where_others_hold_all_of_the_pool() {
+    type Closure = Box<dyn FnOnce(Buf, BlkResult<usize>) + Send>;
+    let (disk, faults) = FaultyDisk::new(MemDisk::new("mem", SectorCount::new(64)));
+    let config = DioConfig {
+        requests: 1,
+        ..DioConfig::default()
+    };
+    let engine = DirectIo::<Closure>::new("test", disk, config);
+    let (greedy, modest) = (engine.open(), engine.open());
+    let (to, answers) = channel();
+    let send = |dio: &Dio<Closure>| {
+        let to = to.clone();
+        let buf = PagePool::shared().alloc(512).unwrap();
+        let done = Box::new(move |_: Buf, res| to.send(res).unwrap());
+        dio.write(&[extent(Mapping::Mapped, 1, 1)], buf, BioFlags::FUA, done);
+    };
+    faults.hold();
+    // Its own, and the only one of the pool.
+    send(&greedy);
+    send(&greedy);
+    assert_eq!(engine.0.requests.in_use(), 1);
+    send(&modest);
+    assert_eq!((faults.held(), modest.in_flight()), (3, 1));
+    faults.release();
+    drop(to);
+    assert_eq!(answers.iter().collect::<Vec<_>>(), [Ok(512); 3]);
+    greedy.wait_idle();
+    modest.wait_idle();
+}
+
+#[test]
+fn a_frozen_device_does_not_keep_threads_from_another() {
+    let (disk, faults) = FaultyDisk::new(MemDisk::new("frozen", SectorCount::new(64)));
+    faults.hold();
+    let frozen: crate::DynDevice = disk;
+    let other: crate::DynDevice = MemDisk::new("mem", SectorCount::new(64));
+    std::thread::scope(|scope| {
+        for _ in 0..100 {
+            scope.spawn(|| crate::flush_wait(&frozen).unwrap());
+        }
+        while faults.held() < 100 {
+            std::thread::yield_now();
+        }
+        crate::flush_wait(&other).unwrap();
+        faults.release();
+    });
 }

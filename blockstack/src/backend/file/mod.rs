@@ -88,6 +88,9 @@ pub struct FileDisk {
 impl FileDisk {
     /// Opens the image or device at `path` and locks it.
     ///
+    /// Starts threads, which a fork does not take along: a program that goes to the background
+    /// must have done so before.
+    ///
     /// # Errors
     /// Why not, with the path.
     pub fn open(path: impl AsRef<Path>, options: OpenOptions) -> Result<Arc<Self>, OpenError> {

@@ -297,3 +297,67 @@ fn the_end_of_a_bio_must_not_wait() {
         assert_eq!(receiver.recv(), Ok(false));
     }
 }
+
+#[test]
+fn qemu_and_we_exclude_each_other() {
+    use std::process::{Command, Stdio};
+    let file = image(1 << 20);
+    let qemu = |flags: &[&str], input: &str| {
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "raw"]).args(flags).arg(file.path());
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().ok()?;
+        child
+            .stdin
+            .as_mut()
+            .unwrap()
+            .write_all(input.as_bytes())
+            .unwrap();
+        Some(child)
+    };
+    let read_only = OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    };
+    let kind = |options| {
+        FileDisk::open(file.path(), options)
+            .err()
+            .map(|error| error.kind)
+    };
+    for (flags, our_reader) in [(&[][..], Some(OpenErrorKind::InUse)), (&["-r"][..], None)] {
+        let Some(mut child) = qemu(flags, "read 0 512\n") else {
+            eprintln!("SKIPPED: no qemu-io");
+            return;
+        };
+        // Its first answer tells that it has opened, and so locked, the image.
+        let mut first = [0; 1];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
+        assert_eq!(
+            kind(OpenOptions::default()),
+            Some(OpenErrorKind::InUse),
+            "{flags:?}"
+        );
+        assert_eq!(kind(read_only), our_reader, "{flags:?}");
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    }
+    for (ours, theirs, works) in [
+        (OpenOptions::default(), &[][..], false),
+        (OpenOptions::default(), &["-r"][..], false),
+        (read_only, &[][..], false),
+        (read_only, &["-r"][..], true),
+    ] {
+        let held = FileDisk::open(file.path(), ours).unwrap();
+        let out = qemu(theirs, "read 0 512\n")
+            .unwrap()
+            .wait_with_output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&out.stderr);
+        let refused = text.contains("lock");
+        assert_eq!(refused, !works, "we {ours:?}, qemu {theirs:?}: {text}");
+        drop(held);
+    }
+}
