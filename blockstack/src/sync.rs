@@ -10,6 +10,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
+#[cfg(debug_assertions)]
+use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -68,7 +70,9 @@ impl Rank {
 
 #[cfg(debug_assertions)]
 thread_local! {
-    static HELD: RefCell<Vec<Rank>> = const { RefCell::new(Vec::new()) };
+    // Never dropped: a thread still locks while it ends, in the destructors of its other values.
+    static HELD: RefCell<ManuallyDrop<Vec<Rank>>> =
+        const { RefCell::new(ManuallyDrop::new(Vec::new())) };
 }
 
 #[derive(Clone, Copy, Eq, PartialEq)]
@@ -194,7 +198,7 @@ pub fn blocking<R>(wait: impl FnOnce() -> R) -> R {
         depth.get() == 1
     });
     let hook = if outermost {
-        HOOK.with_borrow(Clone::clone)
+        HOOK.try_with(|hook| hook.borrow().clone()).unwrap_or(None)
     } else {
         None
     };

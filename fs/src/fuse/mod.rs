@@ -79,8 +79,9 @@ impl FuseConfig {
             either(self.dev, MountOption::Dev, MountOption::NoDev),
             either(self.exec, MountOption::Exec, MountOption::NoExec),
         ];
+        // Not `Subtype`: fuser drops that where it can mount without `fusermount3`.
         if let Some(subtype) = &self.subtype {
-            options.push(MountOption::Subtype(subtype.clone()));
+            options.push(MountOption::CUSTOM(format!("subtype={subtype}")));
         }
         if self.noatime {
             options.push(MountOption::NoAtime);
