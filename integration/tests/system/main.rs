@@ -1,0 +1,29 @@
+//! Whole-system tests: the built program, images made by `mke2fs`, mounts of the kernel, judged by
+//! `e2fsck`, by the kernel's own ext4, and by a model in memory (`storm`).
+//!
+//! | module | what it shows |
+//! | --- | --- |
+//! | `common` | images, mounts, commands, skipping |
+//! | `cli` | arguments, options, exit codes, signals, the background |
+//! | `matrix` | {ext2, ext3, ext4} x block size x how it was filled, under a storm |
+//! | `kill` | SIGKILL at any time costs nothing that was synced |
+//! | `bad_input` | what cannot be mounted is refused in one line and stays as it was |
+//! | `big` | an image of 1 TiB costs what one of 64 MiB does |
+//! | `many` | many files in one directory |
+//!
+//! `FUSEFS_STACK_LONG=1` runs full counts, `FUSEFS_STACK_SEED=N` other seeds. What cannot run here
+//! says so on standard error and in the file `$FUSEFS_STACK_SKIPS`.
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test ends at the first thing that is not as it should be"
+)]
+
+mod bad_input;
+mod big;
+mod cli;
+mod common;
+mod kill;
+mod many;
+mod matrix;
