@@ -527,3 +527,6 @@ pub fn linear_over(
     })?;
     MappedDevice::create(&name, Table::single(len, Linear::over(range))?)
 }
+
+#[cfg(test)]
+mod tests;
