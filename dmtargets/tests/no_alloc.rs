@@ -1,0 +1,76 @@
+//! After warm-up no bio through a mapped device allocates from the heap, on any thread.
+#![expect(clippy::unwrap_used, reason = "a test")]
+#![expect(unsafe_code, reason = "an allocator that counts")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use blockstack::backend::null::NullDisk;
+use blockstack::{
+    BioFlags, BlkError, DynDevice, Op, PagePool, Sector, SectorCount, flush_wait, range_wait,
+    read_wait, write_wait,
+};
+use dmtargets::{MappedDevice, Registry, Table};
+
+struct Counting;
+
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+static ON: AtomicBool = AtomicBool::new(false);
+
+// SAFETY: passes everything on to the system's allocator, unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if ON.load(Ordering::Relaxed) {
+            COUNT.fetch_add(1, Ordering::Relaxed);
+        }
+        // SAFETY: the caller's promise about `layout` is the system's.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: `ptr` came from `alloc` above, so from the system, with this layout.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Reads and writes inside a row and across rows, flushes alone and before a write, discards.
+fn workload(dev: &DynDevice) {
+    let pool = PagePool::shared();
+    for round in 0..20u64 {
+        let sector = Sector::new(round * 13);
+        let buf = pool.alloc(65536).unwrap();
+        let buf = write_wait(dev, sector, buf, BioFlags::empty()).unwrap();
+        let buf = write_wait(dev, sector, buf, BioFlags::PREFLUSH | BioFlags::FUA).unwrap();
+        drop(read_wait(dev, sector, buf).unwrap());
+        flush_wait(dev).unwrap();
+        range_wait(dev, Op::Discard, sector, SectorCount::new(100)).unwrap();
+    }
+}
+
+#[test]
+fn a_mapped_device_allocates_nothing_after_warm_up() {
+    let disks: Vec<DynDevice> = (0..2)
+        .map(|at| NullDisk::new(&format!("mem{at}"), SectorCount::new(4096)) as DynDevice)
+        .collect();
+    let open = |name: &str| {
+        let disk = disks.iter().find(|disk| disk.name() == name);
+        disk.cloned().ok_or(BlkError::NoDevice)
+    };
+    let rows = "0 100 linear mem0 8\n100 60 linear mem1 0\n160 400 linear mem0 1000\n";
+    let table = Table::parse(rows, &Registry::standard(), &open).unwrap();
+    let lower: DynDevice = MappedDevice::create("lower", table).unwrap();
+    let open = |_: &str| Ok(lower.clone());
+    let rows = "0 200 linear lower 0\n200 300 linear lower 200\n";
+    let table = Table::parse(rows, &Registry::standard(), &open).unwrap();
+    let top: DynDevice = MappedDevice::create("top", table).unwrap();
+    // Each of the pooled bios grows its lists on its first use.
+    for _ in 0..30 {
+        workload(&top);
+    }
+    ON.store(true, Ordering::SeqCst);
+    workload(&top);
+    ON.store(false, Ordering::SeqCst);
+    assert_eq!(COUNT.load(Ordering::SeqCst), 0);
+}
