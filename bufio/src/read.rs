@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use blockstack::{Bio, BioFlags, BlkError, BlkResult, Buf, Wait, submit_bio};
+use blockstack::{Bio, BioFlags, BlkError, BlkResult, Buf, Plug, Wait, submit_bio};
 use smallvec::SmallVec;
 
 use crate::buffer::{Buffer, Inner};
@@ -151,6 +151,7 @@ impl Cache {
 
     pub(crate) fn prefetch(self: &Arc<Self>, block: u64, n: u64) {
         let end = block.saturating_add(n).min(self.blocks);
+        let _plug = Plug::new();
         let mut at = block;
         while at < end {
             if self.map.contains_key(&at) {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use blockstack::sync::{Condvar, Mutex, Rank, assert_may_wait};
-use blockstack::{Bio, BioFlags, BlkError, BlkResult, Buf, Op, Wait, submit_bio};
+use blockstack::{Bio, BioFlags, BlkError, BlkResult, Buf, Op, Plug, Wait, submit_bio};
 use parking_lot::RwLockWriteGuard;
 use smallvec::SmallVec;
 
@@ -197,6 +197,8 @@ impl Cache {
         busy: &mut Vec<Arc<Inner>>,
     ) -> Result<(), BufError> {
         let size = self.block_size();
+        // The runs go to the system together; a wait in between sends those before.
+        let _plug = Plug::new();
         let mut run: Option<Run> = None;
         for (at, inner) in list.iter().enumerate() {
             if inner.phase().is_writing() {

@@ -163,6 +163,27 @@ fn pinned_buffers_are_neither_written_nor_evicted() {
     assert_eq!(on_disk(&disk, 1), 1);
 }
 
+/// What was lost: a change of a transaction reached its home before the log.
+#[test]
+fn a_change_made_after_a_pin_is_not_in_a_copy_that_waits_for_the_content() {
+    let (disk, client) = rig(64);
+    fill(&client, 4, 1);
+    let buffer = client.get(4).unwrap();
+    std::thread::scope(|scope| {
+        let mut data = buffer.data_mut();
+        let writer = scope.spawn(|| client.write_dirty());
+        std::thread::sleep(Duration::from_millis(20));
+        buffer.pin();
+        data.fill(2);
+        drop(data);
+        writer.join().unwrap().unwrap();
+    });
+    assert_eq!(on_disk(&disk, 4), 0);
+    buffer.unpin();
+    client.write_dirty().unwrap();
+    assert_eq!(on_disk(&disk, 4), 2);
+}
+
 #[test]
 fn held_buffers_are_not_evicted_and_the_cache_stays_small() {
     let (_disk, client) = rig(4096);
