@@ -41,7 +41,7 @@ unsafe impl Send for Chunk {}
 
 struct Arenas {
     maps: Vec<MmapMut>,
-    /// Where the last map begins. All chunks are derived from this one address, never from a
+    /// Where the last arena begins. All chunks are derived from this one address, never from a
     /// reference to the map, which would claim the bytes of chunks that others own.
     base: Option<Chunk>,
     /// Bytes of the last map handed out so far.
@@ -54,8 +54,8 @@ impl Arenas {
     fn chunk(&self, offset: usize, size: usize) -> Option<Chunk> {
         let base = self.base.as_ref()?;
         assert!(offset + size <= ARENA, "chunk outside its map");
-        // SAFETY: the map that begins at `base` is `ARENA` bytes long, checked above, and lives as
-        // long as the pool.
+        // SAFETY: `ARENA` bytes from `base` on belong to a map that lives as long as the pool, and
+        // the sum stays inside, checked above.
         let ptr = unsafe { base.ptr.add(offset) };
         Some(Chunk { ptr })
     }
@@ -144,7 +144,8 @@ impl PagePool {
             if self.0.mapped.load(Ordering::Relaxed) + ARENA > self.0.limit {
                 return Err(BlkError::NoMemory);
             }
-            let mut map = MmapMut::map_anon(ARENA).map_err(|error| {
+            // Twice as much, so that an aligned arena lies in it; what is not touched costs nothing.
+            let mut map = MmapMut::map_anon(2 * ARENA).map_err(|error| {
                 log::error!("page pool: cannot map {ARENA} bytes: {error}");
                 BlkError::NoMemory
             })?;
@@ -153,7 +154,7 @@ impl PagePool {
             if rest < ARENA {
                 self.recycle_tail(&arenas, rest);
             }
-            arenas.base = NonNull::new(map.as_mut_ptr()).map(|ptr| Chunk { ptr });
+            arenas.base = aligned_arena(&mut map);
             arenas.maps.push(map);
             arenas.used = 0;
             self.0.mapped.fetch_add(ARENA, Ordering::Relaxed);
@@ -174,6 +175,26 @@ impl PagePool {
             }
         }
     }
+}
+
+/// The part of a map that is one huge page, if the kernel likes.
+#[expect(unsafe_code, reason = "aligned memory is what this module is for")]
+fn aligned_arena(map: &mut MmapMut) -> Option<Chunk> {
+    let start = map.as_mut_ptr();
+    let skip = start.align_offset(ARENA);
+    // Only a wish: without it the pages are small.
+    #[cfg(not(miri))]
+    if skip < ARENA
+        && let Err(error) = map.advise_range(memmap2::Advice::HugePage, skip, ARENA)
+    {
+        log::debug!("page pool: no huge pages: {error}");
+    }
+    if skip >= ARENA {
+        return None;
+    }
+    // SAFETY: `skip` is less than half of the map's length.
+    let ptr = NonNull::new(unsafe { start.add(skip) })?;
+    Some(Chunk { ptr })
 }
 
 impl fmt::Debug for PagePool {
