@@ -531,7 +531,7 @@ impl JournalSuperblock {
         TagFormat::new(self.incompat())
     }
 
-    /// Blocks of the fast-commit area (block numbers `geometry().end ..`); 0 without one.
+    /// Blocks kept for fast commits, from `geometry().end` on; 0 without the feature.
     #[must_use]
     pub fn fc_len(&self) -> u32 {
         self.maxlen() - self.geometry.end

@@ -1,4 +1,8 @@
-//! The commit thread, and how a transaction gets into the log.
+//! Commits, and how a transaction gets into the log.
+//!
+//! Who waits for a commit that nobody has begun does it; that spares two changes of threads for
+//! each fsync. Everybody else who waits for the same transaction shares it. The commit thread is
+//! there for age, for requests nobody waits for, and for handles that need a new transaction.
 //!
 //! # The order of steps, and what a crash between them leaves
 //!
@@ -17,13 +21,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use blockstack::sync::MutexGuard;
 use blockstack::{BioFlags, BlkError, BlkResult, Buf, PagePool, flush_wait, write_wait};
 
 use super::io::{Batch, Disk};
 use super::transaction::{Head, OlderCopy, Txn};
-use super::{Jbd2, Logged, Mode, Shared, Stop};
+use super::{Jbd2, Logged, Mode, Shared, State, Stop};
 use crate::format::jbd2::{
     DescriptorWriter, Incompat, MAGIC_BYTES, RevokeWriter, Tag, TagFlags, Tid, tid_geq,
 };
@@ -32,7 +37,7 @@ use crate::format::jbd2::{
 const GROUP_BYTES: usize = 1 << 20;
 
 impl Shared {
-    /// The commit thread.
+    /// The commit thread: commits what is old enough, and what nobody who waits could commit.
     pub(super) fn commit_loop(self: &Arc<Self>) {
         let mut state = self.state.lock();
         loop {
@@ -52,6 +57,10 @@ impl Shared {
             if state.stop == Stop::Now {
                 return;
             }
+            if state.has_committer {
+                self.commit_work.wait(&mut state);
+                continue;
+            }
             let Some(txn) = state.running.clone() else {
                 if state.stop == Stop::Drain {
                     return;
@@ -61,26 +70,38 @@ impl Shared {
             };
             let deadline = txn.started + self.interval;
             let asked = state.stop == Stop::Drain || tid_geq(state.requested, txn.tid);
-            if !asked && std::time::Instant::now() < deadline {
+            if !asked && Instant::now() < deadline {
                 self.commit_work.wait_until(&mut state, deadline);
                 continue;
             }
-            txn.locked.store(true, Ordering::SeqCst);
-            while txn.updates.load(Ordering::SeqCst) > 0 && state.stop != Stop::Now {
-                self.drained.wait(&mut state);
-            }
-            if state.stop == Stop::Now {
-                return;
-            }
-            state.running = None;
-            state.committing = Some(txn.clone());
-            self.unlocked.notify_all();
-            drop(state);
-            self.commit(&txn);
-            state = self.state.lock();
+            state = self.commit_running(state, &txn);
         }
     }
 
+    /// Commits `txn`, the running transaction, on the calling thread; nobody else is doing so.
+    pub(super) fn commit_running<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        txn: &Arc<Txn>,
+    ) -> MutexGuard<'a, State> {
+        state.has_committer = true;
+        txn.locked.store(true, Ordering::SeqCst);
+        while txn.updates.load(Ordering::SeqCst) > 0 && state.stop != Stop::Now {
+            self.drained.wait(&mut state);
+        }
+        if state.stop == Stop::Now {
+            state.has_committer = false;
+            return state;
+        }
+        state.running = None;
+        state.committing = Some(txn.clone());
+        self.unlocked.notify_all();
+        drop(state);
+        self.commit(txn);
+        self.state.lock()
+    }
+
+    /// Ends with `has_committer` cleared; from then on somebody else may commit.
     fn commit(&self, txn: &Arc<Txn>) {
         let start = self.state.lock().head;
         let is_empty = txn.heads.lock_nested().is_empty() && txn.revokes.len() == 0;
@@ -203,8 +224,19 @@ impl Shared {
         }
 
         let mut state = self.state.lock();
+        debug_assert!(
+            state
+                .committing
+                .as_ref()
+                .is_some_and(|other| Arc::ptr_eq(other, txn)),
+            "two commits at once"
+        );
         state.committing = None;
         state.committed = txn.tid;
+        // Only here, once: a waiter for the next transaction may begin to commit that one as soon
+        // as the lock is free.
+        state.has_committer = false;
+        self.commit_work.notify_one();
         if let Some(head) = head {
             state.head = head;
             state.checkpoint.push_back(Logged {

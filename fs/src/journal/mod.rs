@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | [`handle`](self) | handles: joining buffers, credits, revokes (`Handle`, `JournalWrite`) |
 //! | `transaction` | a transaction, and what is known of each buffer (`Head`) |
-//! | `commit` | the commit thread, the log writer |
+//! | `commit` | commits, the commit thread, the log writer |
 //! | `checkpoint` | writing committed blocks home, moving the log's tail |
 //! | `bare` | commits in place, without a log |
 //! | [`logfile`] | the journal's superblock, recovery |
@@ -90,8 +90,8 @@ pub struct FreedRange {
     pub len: u32,
 }
 
-/// Who hears of commits. Called on the commit thread, so none of it may start a handle or wait
-/// for a commit.
+/// Who hears of commits. Called on the thread that commits, which may be one that waits for it and
+/// holds what may be held over I/O; so none of it may start a handle or wait for a commit.
 pub trait CommitHooks: Send + Sync {
     /// The transaction is durable; its freed blocks may be handed out again.
     fn committed(&self, tid: u32, freed: &[FreedRange]);
@@ -148,6 +148,8 @@ struct State {
     running: Option<Arc<Txn>>,
     committing: Option<Arc<Txn>>,
     next_tid: Tid,
+    /// Somebody is locking or committing a transaction.
+    has_committer: bool,
     /// The youngest transaction that is durable.
     committed: Tid,
     /// The youngest transaction somebody wants durable.
@@ -267,6 +269,7 @@ impl Journal {
         let state = State {
             running: None,
             committing: None,
+            has_committer: false,
             next_tid,
             committed: next_tid.wrapping_sub(1),
             requested: next_tid.wrapping_sub(1),
@@ -470,8 +473,17 @@ impl Shared {
             if state.aborted || state.stop == Stop::Now {
                 return Err(FsError::Aborted);
             }
-            self.request(&mut state, tid);
-            self.done.wait(&mut state);
+            match state.running.clone() {
+                Some(txn) if txn.tid == tid && !state.has_committer => {
+                    state = self.commit_running(state, &txn);
+                }
+                _ => {
+                    // Somebody has begun an older one, or this one; if its end brings nobody
+                    // who waits, the commit thread must know.
+                    self.request(&mut state, tid);
+                    self.done.wait(&mut state);
+                }
+            }
         }
     }
 

@@ -143,8 +143,9 @@ pub fn replay(
         data: vec![0; block_size],
     };
     let scan = log.scan()?;
-    if sb.fc_len() > 0 {
-        log.read_control(sb.geometry().end)?;
+    if sb.fc_len() > 1 {
+        // The kernel leaves one block free between the log and the fast commits.
+        log.read_control(sb.geometry().end + 1)?;
         if fc_pending(&log.block, scan.end) {
             return Err(ReplayError::FastCommits);
         }

@@ -1,5 +1,6 @@
 //! Power cuts: what replay gives must be a state that existed, and no older than what was promised.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -88,7 +89,7 @@ fn write_data(disk: &Arc<CrashDisk>, size: usize, block: u64, stamp: u64) -> (u6
 }
 
 /// Runs `ops` operations, each one handle, and leaves without a shutdown.
-fn work(made: &Made, disk: &Arc<CrashDisk>, seed: u64, ops: u64) -> History {
+fn work(made: &Made, disk: &Arc<CrashDisk>, seed: u64, ops: Range<u64>) -> History {
     let dev: DynDevice = disk.clone();
     let rig = Rig::open(
         &dev,
@@ -115,12 +116,13 @@ fn work(made: &Made, disk: &Arc<CrashDisk>, seed: u64, ops: u64) -> History {
     let events = |history: &mut History, block: u64, event| {
         history.blocks[(block - first) as usize].push(event);
     };
-    for op in 1..=ops {
+    let start = ops.start;
+    for op in ops {
         free.append(&mut freed.0.lock().unwrap());
         let handle = rig.journal.start(24).unwrap();
         let tid = handle.tid();
         // The clock: each operation leaves a trace, in a block that is in every transaction.
-        let clock = if op == 1 {
+        let clock = if op == start {
             handle.create(first, &sum).unwrap()
         } else {
             rig.core.bufs.read(first, &sum).unwrap()
@@ -269,17 +271,31 @@ fn seeds(first: u64) -> impl Iterator<Item = u64> {
     (0..count.unwrap_or(2)).map(move |n| first + n)
 }
 
+/// Two lives: the second begins with what a power cut in the first left.
 fn power_cuts(args: &[&str], seed: u64, shuffled: bool) {
-    println!("seed {seed}");
+    println!("{args:?}: seed {seed}");
     let made = make(args);
+    let image = Image::from_bytes(&made.image);
+    let points = one_life(&made, image, seed, 1..1501, shuffled);
+    let image = points[points.len() / 2].image(seed);
+    one_life(&made, image, seed + 1, 100_000..101_000, shuffled);
+}
+
+fn one_life(
+    made: &Made,
+    image: Image,
+    seed: u64,
+    ops: Range<u64>,
+    shuffled: bool,
+) -> Vec<CrashPoint> {
     let timing = if shuffled {
         Timing::Shuffled { seed }
     } else {
         Timing::AtOnce
     };
-    let disk = CrashDisk::from_image("crash", Image::from_bytes(&made.image), timing);
+    let disk = CrashDisk::from_image("crash", image, timing);
     disk.arm_every(7);
-    let history = work(&made, &disk, seed, 1500);
+    let history = work(made, &disk, seed, ops.clone());
     let points: Vec<CrashPoint> = disk.take_points();
     let size = block_size(&made.image) as usize;
     let mut random = Random(seed);
@@ -287,7 +303,7 @@ fn power_cuts(args: &[&str], seed: u64, shuffled: bool) {
     let (mut last, mut checked, mut same, mut compared) = (0, 0, 0, 0);
     for (nr, point) in points.iter().enumerate() {
         let image = point.image(random.next());
-        let ours = recover(&made, image.clone());
+        let ours = recover(made, image.clone());
         last = check(&history, &ours, size, point.ops);
         checked += 1;
         if nr % 20 == 0 {
@@ -301,14 +317,15 @@ fn power_cuts(args: &[&str], seed: u64, shuffled: bool) {
         }
     }
     println!(
-        "{args:?}: {checked} power cuts of {} operations, the last had {last}",
+        "{checked} power cuts of {} operations, the last had {last}",
         disk.ops()
     );
     assert!(
         same * 2 > compared,
         "e2fsck agrees in {same} of {compared} cases only"
     );
-    assert!(last > 1000, "too little was committed");
+    assert!(last + 500 > ops.end, "too little was committed");
+    points
 }
 
 #[test]
