@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use blockstack::DynDevice;
+use blockstack::backend::file::{Engine, FileDisk, OpenOptions};
 use bufio::{Client, ClientConfig, Invalid, Validator};
 use common::{TestDisk, config, eventually, sum};
 
@@ -165,4 +167,46 @@ fn nothing_is_lost_torn_or_overtaken() {
         client.shrink(0);
         client.stats().buffers == 0
     });
+}
+
+/// The same over image files, whose bios end on other threads and go down in batches.
+#[test]
+fn nothing_is_lost_on_the_way_to_a_file() {
+    for engine in [Engine::Uring, Engine::Threads] {
+        let image = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        image.as_file().set_len(BLOCKS * 4096).unwrap();
+        let options = OpenOptions {
+            engine,
+            ..OpenOptions::default()
+        };
+        let disk: DynDevice = FileDisk::open(image.path(), options).unwrap();
+        let config = ClientConfig {
+            block_size: 4096,
+            cache_bytes: 24 * 4096,
+            writeback_age: Duration::from_millis(8),
+            ..config()
+        };
+        let client = Client::new(disk.clone(), config).unwrap();
+        let mut known: Vec<_> = (0..THREADS).map(|_| vec![None; BLOCKS as usize]).collect();
+        std::thread::scope(|scope| {
+            for (thread, known) in known.iter_mut().enumerate() {
+                let client = &client;
+                scope.spawn(move || worker(client, thread as u64, known));
+            }
+        });
+        client.write_dirty().unwrap();
+        client.flush().unwrap();
+        drop(client);
+        let client = Client::new(disk, config).unwrap();
+        let tagged: Arc<dyn Validator> = Arc::new(Tagged);
+        client.prefetch(0, BLOCKS);
+        for (thread, known) in known.iter().enumerate() {
+            for block in (thread..BLOCKS as usize).step_by(THREADS as usize) {
+                if let Some(tag) = known[block] {
+                    let held = client.read(block as u64, &tagged).unwrap();
+                    assert_eq!(held.data()[2], tag, "block {block}");
+                }
+            }
+        }
+    }
 }
