@@ -26,6 +26,7 @@
 //! | [`target`] | the trait, and what a target works with |
 //! | [`args`] | words of a row, errors |
 //! | [`table`] | rows, parsed and printed |
+//! | [`concise`] | several devices on one line |
 //! | [`mapped`] | the device: split, clone, suspend, resume, table swap |
 //! | `flush` | fan-out of flushes |
 //! | `row` | a target with its type erased |
@@ -42,6 +43,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod concise;
 pub mod error;
 mod flush;
 pub mod linear;
@@ -55,6 +57,7 @@ pub mod testing;
 pub mod zero;
 
 pub use args::{Args, CtrError};
+pub use concise::ConciseDevice;
 pub use mapped::{MappedDevice, linear_over};
 pub use registry::Registry;
 pub use table::{Table, TableError};
