@@ -172,10 +172,12 @@ impl Fs {
             return Err(failed("root directory")(source));
         }
         root.lookups.store(1, Ordering::Release);
+        // Before anything is written: what is wrong here is a reason not to mount.
+        let orphans = fs.find_orphans().map_err(failed("orphans"))?;
         if !fs.is_read_only() {
             fs.mark_mounted(has_log).map_err(failed("superblock"))?;
         }
-        fs.recover_orphans().map_err(failed("orphans"))?;
+        fs.clear_orphans(orphans).map_err(failed("orphans"))?;
         Ok(fs)
     }
 

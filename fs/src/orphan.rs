@@ -214,15 +214,23 @@ impl Fs {
         Ok(())
     }
 
-    /// Deletes and truncates what a crash left, and readies the orphan file. At mount, before
-    /// requests.
+    /// Finds what a crash left to delete or truncate, and readies the orphan file. At mount, before
+    /// anything is written.
     ///
     /// # Errors
     /// A list or a file that is damaged.
-    pub(crate) fn recover_orphans(self: &Arc<Self>) -> FsResult {
+    pub(crate) fn find_orphans(&self) -> FsResult<Vec<Arc<Inode>>> {
         let mut inos = Vec::new();
         self.read_list(&mut inos)?;
         self.read_file(&mut inos)?;
+        Ok(inos)
+    }
+
+    /// Deletes or truncates what [`Self::find_orphans`] found.
+    ///
+    /// # Errors
+    /// Those of deleting and truncating.
+    pub(crate) fn clear_orphans(self: &Arc<Self>, inos: Vec<Arc<Inode>>) -> FsResult {
         if self.is_read_only() {
             return Ok(());
         }

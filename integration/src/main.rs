@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | `cli` | the command line |
+//! | `messages` | the log |
 //! | `options` | the words after `-o` |
 //! | `places` | which argument is the mountpoint, and whether it can be one |
 //! | `stack` | image to top device |
@@ -12,6 +13,7 @@
 
 mod background;
 mod cli;
+mod messages;
 mod options;
 mod places;
 mod serve;
@@ -44,7 +46,7 @@ fn main() -> ExitCode {
         Err(error) => return fail(&error, MOUNT_FAILED),
     };
     if plan.foreground || args.serve_detached {
-        start_log(&plan);
+        messages::start(plan.debug);
         let detached = args.serve_detached;
         return match serve::run(&plan, &places, detached) {
             Ok(()) => ExitCode::SUCCESS,
@@ -77,20 +79,14 @@ fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
     let mut line = format!("fusefs-stack: {error}");
     let mut cause = error.source();
     while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
+        let text = error.to_string();
+        // Some errors print what caused them themselves.
+        if !line.ends_with(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
         cause = error.source();
     }
     eprintln!("{}", line.replace('\n', " ").trim_end());
     ExitCode::from(code)
-}
-
-fn start_log(plan: &Plan) {
-    // When the mount goes away first, fuser warns that it cannot unmount it.
-    let level = if plan.debug {
-        "debug"
-    } else {
-        "warn,fuser=error"
-    };
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level)).init();
 }

@@ -112,9 +112,14 @@ pub fn refuse_busy(mountpoint: &Path, fsname: &str) -> Result<(), PlaceError> {
     };
     match top_mount(&table, mountpoint) {
         Some((kind, source)) if kind == "fuse.fusefs-stack" || source == fsname => {
-            Err(PlaceError::Busy {
-                path: mountpoint.to_owned(),
-                source_name: source,
+            let path = mountpoint.to_owned();
+            // Attributes may come from the kernel's cache; this asks whoever serves.
+            Err(match rustix::fs::statfs(mountpoint) {
+                Err(rustix::io::Errno::NOTCONN) => PlaceError::DeadMount { path },
+                _ => PlaceError::Busy {
+                    path,
+                    source_name: source,
+                },
             })
         }
         _ => Ok(()),

@@ -18,6 +18,7 @@ use signal_hook::iterator::Signals;
 
 use crate::background::{self, BackgroundError};
 use crate::cli::Plan;
+use crate::messages;
 use crate::places::{self, PlaceError, Places};
 use crate::stack::{self, StackError};
 
@@ -143,15 +144,7 @@ pub fn run(plan: &Plan, places: &Places, detached: bool) -> Result<(), ServeErro
         image: image(),
         source,
     })?;
-    let before = std::fs::metadata(&places.mountpoint).map(|metadata| metadata.dev());
-    let served = serve(
-        fs.clone(),
-        &config,
-        signals,
-        before.ok(),
-        detached,
-        log.as_ref(),
-    );
+    let served = serve(fs.clone(), &config, signals, detached, log.as_ref());
     let unmounted = fs.unmount();
     served?;
     unmounted.map_err(|source| ServeError::Unmount {
@@ -165,7 +158,6 @@ fn serve(
     fs: Arc<Fs>,
     config: &FuseConfig,
     signals: Signals,
-    before: Option<u64>,
     detached: bool,
     log: Option<&File>,
 ) -> Result<(), ServeError> {
@@ -176,7 +168,7 @@ fn serve(
     })?;
     unmount_on_signal(signals, server.unmounter(), config.mountpoint.clone())?;
     let log = log.map(File::try_clone).transpose().map_err(system)?;
-    let answer = watch_start(config, server.unmounter(), before, detached, log)?;
+    let answer = watch_start(config, server.unmounter(), detached, log)?;
     let ran = server.run();
     // The thread can only have ended without a word by a panic, which it has told.
     if let Ok(Err(error)) = answer.recv() {
@@ -189,19 +181,19 @@ fn serve(
 fn watch_start(
     config: &FuseConfig,
     unmounter: Unmounter,
-    before: Option<u64>,
     detached: bool,
     log: Option<File>,
 ) -> Result<Receiver<Result<(), ServeError>>, ServeError> {
     let (sender, receiver) = channel();
     let path = config.mountpoint.clone();
     let watch = move || {
-        let answers = look(&path, before).and_then(|()| {
+        let answers = look(&path).and_then(|()| {
             if detached {
                 background::report_mounted(log.as_ref())?;
             } else if let Some(log) = &log {
                 rustix::stdio::dup2_stderr(log).map_err(|errno| system(errno.into()))?;
             }
+            messages::release();
             Ok(())
         });
         if answers.is_err() {
@@ -218,18 +210,14 @@ fn watch_start(
     Ok(receiver)
 }
 
-/// Whether the mountpoint answers, and is another file system than before.
-fn look(path: &Path, before: Option<u64>) -> Result<(), ServeError> {
+/// Whether the mountpoint answers. That it is no mountpoint any more is no error: somebody was fast.
+fn look(path: &Path) -> Result<(), ServeError> {
     let silent = |source| ServeError::Silent {
         path: path.to_owned(),
         source,
     };
     rustix::fs::statfs(path).map_err(|errno| silent(errno.into()))?;
-    let metadata = std::fs::metadata(path).map_err(silent)?;
-    if before == Some(metadata.dev()) {
-        return Err(silent(io::Error::other("it was unmounted at once")));
-    }
-    Ok(())
+    std::fs::metadata(path).map(drop).map_err(silent)
 }
 
 fn unmount_on_signal(

@@ -109,7 +109,7 @@ fn what_a_dead_process_left_mounted() {
     run(Command::new("kill").args(["-s", "KILL", &pid]));
     // Until the kernel has noticed.
     for _ in 0..500 {
-        if std::fs::metadata(&mounted.dir).is_err() {
+        if rustix::fs::statfs(&mounted.dir).is_err() {
             break;
         }
         sleep(Duration::from_millis(10));

@@ -130,7 +130,11 @@ pub fn text(output: &Output) -> String {
 #[track_caller]
 pub fn shell(dir: &Path, script: &str) -> String {
     let script = format!("set -euo pipefail\n{script}");
-    run(Command::new("bash").arg("-c").arg(script).current_dir(dir))
+    let limit = ["-k", "5", "600", "bash", "-c"];
+    run(Command::new("timeout")
+        .args(limit)
+        .arg(script)
+        .current_dir(dir))
 }
 
 /// An image in a directory of its own, which other files of a test may use.
@@ -293,7 +297,15 @@ impl Mount {
     #[track_caller]
     pub fn unmount(mut self) {
         let log = self.log();
-        run(Command::new("fusermount3").arg("-u").arg(&self.dir));
+        // The program itself may still be looking at its mount.
+        for attempt in 0.. {
+            let output = output(Command::new("fusermount3").arg("-u").arg(&self.dir));
+            if output.status.success() {
+                break;
+            }
+            assert!(attempt < 50, "{}", text(&output));
+            sleep(Duration::from_millis(10));
+        }
         let status = self.wait();
         let log = log + &self.log();
         assert!(status.success(), "{status} at unmount\n{log}");
