@@ -149,6 +149,9 @@ impl Drop for Outermost {
     fn drop(&mut self) {
         let left = LISTS.with_borrow_mut(|lists| {
             lists.active = false;
+            if lists.new.is_empty() && lists.old.is_empty() {
+                return (VecDeque::new(), VecDeque::new());
+            }
             (
                 std::mem::take(&mut lists.new),
                 std::mem::take(&mut lists.old),

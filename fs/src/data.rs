@@ -87,6 +87,8 @@ struct WriteEnd {
     /// Byte behind the last written.
     end: u64,
     bytes: u32,
+    /// Whether the times are set here.
+    stamps: bool,
     /// Whether the file gets longer, as far as known at the start.
     extends: bool,
     origin: Origin,
@@ -97,6 +99,13 @@ struct WriteEnd {
     /// What the caller gets; the engine's result knows only the device's errors.
     outcome: FsResult,
     behind: usize,
+}
+
+impl WriteEnd {
+    /// Whether size, times or mode change, whatever the blocks.
+    fn changes_inode(&self) -> bool {
+        self.extends || self.stamps || self.origin == Origin::Direct { kill_priv: true }
+    }
 }
 
 impl DioDone for IoEnd {
@@ -127,9 +136,7 @@ impl DioDone for IoEnd {
     fn must_wait(&self) -> bool {
         match &self.kind {
             EndKind::Read { .. } => false,
-            EndKind::Write(write) => {
-                write.extends || write.origin != Origin::PageCache || self.fs.opts.sync
-            }
+            EndKind::Write(write) => write.changes_inode() || self.fs.opts.sync,
         }
     }
 
@@ -343,14 +350,24 @@ impl Fs {
             return Err((FsError::FileTooBig, reply));
         }
         let (from, to) = (from as u32, to as u32);
-        let data = loop {
+        let mut data = loop {
             inode.io.wait_clear(from, to);
             let data = inode.data.write();
             if inode.io.try_claim(from, to, end) {
                 break data;
             }
         };
-        let prepared = self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller);
+        let mut prepared =
+            self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller);
+        if prepared.as_ref().err() == Some(&FsError::NoSpace) && self.alloc.pending_blocks() > 0 {
+            // Blocks that were freed come back with the commit. The claim keeps others away.
+            drop(data);
+            let committed = self.journal.commit_all();
+            data = inode.data.write();
+            prepared = committed.and_then(|()| {
+                self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller)
+            });
+        }
         let (plan, buf, end) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
@@ -366,6 +383,7 @@ impl Fs {
             to,
             end,
             bytes: (end - offset) as u32,
+            stamps: origin != Origin::PageCache && !caller.keeps_times,
             extends,
             origin,
             new: plan.new,
@@ -424,7 +442,8 @@ impl Fs {
         let plan = self.plan_write(inode, data, from, to, caller);
         let mut plan = match plan {
             Ok(plan) => plan,
-            Err((error, partial)) => {
+            Err(stopped) => {
+                let (error, partial) = *stopped;
                 let first = (u64::from(partial.to) << self.geo.block_bits).saturating_sub(offset);
                 // A caller that waits can be told of a short write; the page cache cannot.
                 if origin == Origin::PageCache || partial.to == from || first == 0 {
@@ -457,7 +476,7 @@ impl Fs {
         from: u32,
         to: u32,
         caller: &Caller,
-    ) -> Result<Plan, (FsError, Plan)> {
+    ) -> Result<Plan, Box<(FsError, Plan)>> {
         let mut plan = Plan {
             extents: SmallVec::new(),
             new: SmallVec::new(),
@@ -469,7 +488,7 @@ impl Fs {
             let lblk = plan.to;
             let mapping = match map::lookup(self, inode, data, lblk, to - lblk) {
                 Ok(mapping) => mapping,
-                Err(error) => return Err((error, plan)),
+                Err(error) => return Err(Box::new((error, plan))),
             };
             let (kind, pblk, len) = match mapping.kind {
                 MapKind::Mapped => (DioMapping::Mapped, mapping.pblk, mapping.len),
@@ -484,13 +503,15 @@ impl Fs {
                         .unwrap_or_else(|| self.alloc.goal_for(inode.ino, data, lblk));
                     match self.alloc.reserve(goal, mapping.len, 1, privilege) {
                         Ok(run) => {
+                            // What the blocks held as metadata may still be on its way home.
+                            self.bufs.wait_writes(run.start, run.len.into());
                             plan.new.push((lblk, run));
                             inode
                                 .io
                                 .set_goal(lblk + run.len, run.start + u64::from(run.len));
                             (DioMapping::New, run.start, run.len)
                         }
-                        Err(error) => return Err((error, plan)),
+                        Err(error) => return Err(Box::new((error, plan))),
                     }
                 }
             };
@@ -566,10 +587,8 @@ impl Fs {
     /// The data is on the device: lets the inode name it.
     fn end_write(&self, inode: &Arc<Inode>, write: &WriteEnd) -> FsResult {
         inode.unflushed.store(true, Ordering::Release);
-        let needs_metadata = write.extends
-            || !write.new.is_empty()
-            || !write.unwritten.is_empty()
-            || write.origin != Origin::PageCache;
+        let needs_metadata =
+            !write.new.is_empty() || !write.unwritten.is_empty() || write.changes_inode();
         if !needs_metadata {
             return Ok(());
         }
@@ -612,12 +631,9 @@ impl Fs {
                 result = map::insert(self, &handle, inode, data, lblk, run, Written::Yes);
                 if result.is_err() {
                     // The bits are set on disk: the blocks go back with the transaction.
-                    let back = self.alloc.free(
-                        &handle,
-                        run.start,
-                        run.len.into(),
-                        crate::alloc::BlockUse::Data,
-                    );
+                    let back =
+                        self.alloc
+                            .free(&handle, run.start, run.len, crate::alloc::BlockUse::Data);
                     result = result.and(back);
                 }
             }
@@ -629,9 +645,11 @@ impl Fs {
             data.size = write.end;
         }
         if let Origin::Direct { kill_priv } = write.origin {
-            let now = self.now();
-            data.mtime = now;
-            data.ctime = now;
+            if write.stamps {
+                let now = self.now();
+                data.mtime = now;
+                data.ctime = now;
+            }
             if kill_priv {
                 crate::ops::attr::drop_privileges(data);
             }
@@ -739,10 +757,6 @@ impl Fs {
     ///
     /// # Errors
     /// Those of reading and writing, where nothing was copied.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the arguments of copy_file_range"
-    )]
     pub fn copy_range(
         self: &Arc<Self>,
         from: &Arc<Inode>,

@@ -1,4 +1,9 @@
 //! Operations on whole images in memory, judged by e2fsck.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test ends where something is wrong"
+)]
 
 use std::process::Command;
 use std::sync::Arc;
@@ -12,8 +17,15 @@ use fs::ops::{Caller, NewNode, RenameFlags, SetAttr};
 use fs::{Fs, FsError, MountOptions};
 
 const ROOT: u32 = 2;
-const ME: Caller = Caller { uid: 0, gid: 0 };
-const FILE: NewNode<'static> = NewNode::Node { mode: 0o100_644, rdev: 0 };
+const ME: Caller = Caller {
+    uid: 0,
+    gid: 0,
+    keeps_times: false,
+};
+const FILE: NewNode<'static> = NewNode::Node {
+    mode: 0o100_644,
+    rdev: 0,
+};
 const DIR: NewNode<'static> = NewNode::Directory { mode: 0o755 };
 
 struct Image {
@@ -30,7 +42,11 @@ impl Image {
             .arg(size)
             .output()
             .expect("mke2fs (package e2fsprogs)");
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        assert!(
+            out.status.success(),
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
         Self { dir }
     }
 
@@ -41,7 +57,11 @@ impl Image {
     fn fsck(&self, disk: &MemDisk) {
         let path = self.dir.path().join("after");
         std::fs::write(&path, disk.snapshot()).unwrap();
-        let out = Command::new("e2fsck").args(["-fn"]).arg(&path).output().unwrap();
+        let out = Command::new("e2fsck")
+            .args(["-fn"])
+            .arg(&path)
+            .output()
+            .unwrap();
         assert!(
             out.status.success(),
             "{}{}",
@@ -51,7 +71,13 @@ impl Image {
     }
 }
 
-fn write(fs: &Arc<Fs>, ino: u32, offset: u64, bytes: &[u8], origin: Origin) -> Result<u32, FsError> {
+fn write(
+    fs: &Arc<Fs>,
+    ino: u32,
+    offset: u64,
+    bytes: &[u8],
+    origin: Origin,
+) -> Result<u32, FsError> {
     let (sender, receiver) = channel();
     let inode = fs.iget(ino).unwrap();
     let reply = Box::new(move |res| sender.send(res).unwrap());
@@ -102,10 +128,20 @@ fn files_come_back() {
         let inode = fs.iget(file.ino).unwrap();
         fs.fsync(&inode, false).unwrap();
         assert_eq!(fs.getattr(file.ino).unwrap().size, 310_000);
-        assert!(read(fs, file.ino, 20_000, 1000).iter().all(|&byte| byte == 0));
-        let shorter = SetAttr { size: Some(777), ..SetAttr::default() };
+        assert!(
+            read(fs, file.ino, 20_000, 1000)
+                .iter()
+                .all(|&byte| byte == 0)
+        );
+        let shorter = SetAttr {
+            size: Some(777),
+            ..SetAttr::default()
+        };
         assert_eq!(fs.setattr(file.ino, &shorter, &ME).unwrap().size, 777);
-        let longer = SetAttr { size: Some(6000), ..SetAttr::default() };
+        let longer = SetAttr {
+            size: Some(6000),
+            ..SetAttr::default()
+        };
         fs.setattr(file.ino, &longer, &ME).unwrap();
         assert!(read(fs, file.ino, 777, 6000).iter().all(|&byte| byte == 0));
     });
@@ -118,7 +154,8 @@ fn names_come_and_go() {
         for i in 0..500 {
             let name = format!("a-rather-long-name-{i}");
             let made = fs.create(dir.ino, name.as_bytes(), FILE, 0, &ME).unwrap();
-            fs.link(made.ino, ROOT, format!("link-{i}").as_bytes()).unwrap();
+            fs.link(made.ino, ROOT, format!("link-{i}").as_bytes())
+                .unwrap();
         }
         let long = vec![b'x'; 200];
         let target = NewNode::Symlink { target: &long };
@@ -126,13 +163,23 @@ fn names_come_and_go() {
         assert_eq!(fs.readlink(link.ino).unwrap(), long);
         let sub = fs.create(ROOT, b"sub", DIR, 0, &ME).unwrap();
         let none = RenameFlags::empty();
-        fs.rename(ROOT, b"sub", dir.ino, b"moved", none, &ME).unwrap();
+        fs.rename(ROOT, b"sub", dir.ino, b"moved", none, &ME)
+            .unwrap();
         assert_eq!(
             fs.rename(dir.ino, b"moved", sub.ino, b"into-itself", none, &ME),
             Err(FsError::Invalid)
         );
-        fs.rename(dir.ino, b"moved", ROOT, b"link-3", RenameFlags::EXCHANGE, &ME).unwrap();
-        fs.rename(ROOT, b"link-4", ROOT, b"link-5", none, &ME).unwrap();
+        fs.rename(
+            dir.ino,
+            b"moved",
+            ROOT,
+            b"link-3",
+            RenameFlags::EXCHANGE,
+            &ME,
+        )
+        .unwrap();
+        fs.rename(ROOT, b"link-4", ROOT, b"link-5", none, &ME)
+            .unwrap();
         for i in 0..400 {
             let name = format!("a-rather-long-name-{i}");
             fs.unlink(dir.ino, name.as_bytes()).unwrap();
@@ -164,13 +211,18 @@ fn holes_are_made_and_filled() {
         fs.fallocate(&inode, punch, 5000, 20_000, &ME).unwrap();
         let bytes = read(fs, file.ino, 0, 64 << 10);
         for (at, &byte) in bytes.iter().enumerate() {
-            assert_eq!(byte, if (5000..25_000).contains(&at) { 0 } else { 9 }, "byte {at}");
+            assert_eq!(
+                byte,
+                if (5000..25_000).contains(&at) { 0 } else { 9 },
+                "byte {at}"
+            );
         }
         let grown = fs.fallocate(&inode, FallocMode::empty(), 64 << 10, 100_000, &ME);
         if fs.geo.has_extents() {
             grown.unwrap();
             write(fs, file.ino, 70_000, &[3; 5000], Origin::PageCache).unwrap();
-            fs.fallocate(&inode, FallocMode::COLLAPSE_RANGE, 0, 8192, &ME).unwrap();
+            fs.fallocate(&inode, FallocMode::COLLAPSE_RANGE, 0, 8192, &ME)
+                .unwrap();
             assert_eq!(read(fs, file.ino, 70_000 - 8192, 5000), [3; 5000]);
         } else {
             assert_eq!(grown, Err(FsError::NotSupported));

@@ -27,33 +27,30 @@ pub(super) fn node(ino: u32) -> INodeNo {
     }
 }
 
+/// A time as `fuser` wants it. It sends one before 1970 as the whole seconds and the nanoseconds of
+/// its distance from 1970, both counted backwards, while the protocol counts nanoseconds forwards
+/// from the second: -5 s + 3 ns must be given as 5 s and 3 ns before 1970.
 pub(super) fn system_time(time: Timespec) -> SystemTime {
-    let seconds = Duration::from_secs(time.sec.unsigned_abs());
-    let whole = if time.sec >= 0 {
-        UNIX_EPOCH.checked_add(seconds)
+    let distance = Duration::new(time.sec.unsigned_abs(), time.nsec);
+    let moved = if time.sec >= 0 {
+        UNIX_EPOCH.checked_add(distance)
     } else {
-        UNIX_EPOCH.checked_sub(seconds)
+        UNIX_EPOCH.checked_sub(distance)
     };
-    whole
-        .and_then(|whole| whole.checked_add(Duration::from_nanos(time.nsec.into())))
-        .unwrap_or(UNIX_EPOCH)
+    moved.unwrap_or(UNIX_EPOCH)
 }
 
+/// A time as `fuser` gives it: see [`system_time`].
 pub(super) fn timespec(time: SystemTime) -> Timespec {
     match time.duration_since(UNIX_EPOCH) {
         Ok(since) => Timespec {
             sec: since.as_secs() as i64,
             nsec: since.subsec_nanos(),
         },
-        Err(before) => {
-            let before = before.duration();
-            let carry = i64::from(before.subsec_nanos() > 0);
-            let nsec = (1_000_000_000 - before.subsec_nanos()) % 1_000_000_000;
-            Timespec {
-                sec: -(before.as_secs() as i64) - carry,
-                nsec,
-            }
-        }
+        Err(before) => Timespec {
+            sec: -(before.duration().as_secs() as i64),
+            nsec: before.duration().subsec_nanos(),
+        },
     }
 }
 

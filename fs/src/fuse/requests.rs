@@ -64,6 +64,7 @@ fn caller(request: &Request) -> Caller {
     Caller {
         uid: request.uid(),
         gid: request.gid(),
+        keeps_times: true,
     }
 }
 
@@ -578,9 +579,21 @@ impl Filesystem for Requests {
         xattr_answer(reply, size, self.fs.getxattr(ino(node), name.as_bytes()));
     }
 
-    fn listxattr(&self, _: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
+    fn listxattr(&self, request: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
         let _turn = self.turn();
-        xattr_answer(reply, size, self.fs.listxattr(ino(node)));
+        let mut names = self.fs.listxattr(ino(node));
+        if request.uid() != 0 {
+            // As the kernel's own file systems do: trusted attributes are for root.
+            names = names.map(|names| {
+                let shown = names.split_inclusive(|&byte| byte == 0);
+                shown
+                    .filter(|name| !name.starts_with(b"trusted."))
+                    .flatten()
+                    .copied()
+                    .collect()
+            });
+        }
+        xattr_answer(reply, size, names);
     }
 
     fn removexattr(&self, _: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {

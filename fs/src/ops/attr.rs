@@ -233,6 +233,16 @@ impl Fs {
         value: Option<&[u8]>,
         mode: XattrMode,
     ) -> FsResult {
+        self.with_space(|| self.try_setxattr(ino, name, value, mode))
+    }
+
+    fn try_setxattr(
+        &self,
+        ino: u32,
+        name: &[u8],
+        value: Option<&[u8]>,
+        mode: XattrMode,
+    ) -> FsResult {
         self.check_writable()?;
         self.check_xattr_name(name)?;
         let inode = self.iget(ino)?;

@@ -14,6 +14,7 @@ pub mod rename;
 pub mod space;
 
 use crate::core::Fs;
+use crate::error::{FsError, FsResult};
 use crate::format::inode::{InodeData, InodeFlags, Timespec};
 use crate::inode::Inode;
 
@@ -33,6 +34,9 @@ pub struct Caller {
     pub uid: u32,
     /// Group.
     pub gid: u32,
+    /// Times of a file's changes are kept by whoever sends the requests (the kernel, whose page
+    /// cache knows of writes first) and come by `setattr`.
+    pub keeps_times: bool,
 }
 
 /// What `stat` tells.
@@ -99,6 +103,18 @@ fn set_rdev(data: &mut InodeData, rdev: u32) {
 }
 
 impl Fs {
+    /// Does an operation once more where it found no space but freed space comes back with the next
+    /// commit.
+    fn with_space<T>(&self, mut operation: impl FnMut() -> FsResult<T>) -> FsResult<T> {
+        match operation() {
+            Err(FsError::NoSpace) if self.alloc.pending_blocks() > 0 => {
+                self.journal.commit_all()?;
+                operation()
+            }
+            result => result,
+        }
+    }
+
     /// What `stat` tells of an inode whose lock is held.
     #[must_use]
     pub fn attr_of(&self, inode: &Inode, data: &InodeData) -> Attr {

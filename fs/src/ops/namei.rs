@@ -120,6 +120,17 @@ impl Fs {
         umask: u32,
         caller: &Caller,
     ) -> FsResult<Attr> {
+        self.with_space(|| self.try_create(parent, name, node, umask, caller))
+    }
+
+    fn try_create(
+        self: &Arc<Self>,
+        parent: u32,
+        name: &[u8],
+        node: NewNode<'_>,
+        umask: u32,
+        caller: &Caller,
+    ) -> FsResult<Attr> {
         self.check_writable()?;
         check_name(name)?;
         if let NewNode::Symlink { target } = node {
@@ -399,6 +410,10 @@ impl Fs {
     /// # Errors
     /// [`FsError::Exists`], [`FsError::TooManyLinks`], [`FsError::NotPermitted`] for directories.
     pub fn link(self: &Arc<Self>, ino: u32, parent: u32, name: &[u8]) -> FsResult<Attr> {
+        self.with_space(|| self.try_link(ino, parent, name))
+    }
+
+    fn try_link(self: &Arc<Self>, ino: u32, parent: u32, name: &[u8]) -> FsResult<Attr> {
         self.check_writable()?;
         check_name(name)?;
         let dir = self.directory(parent)?;

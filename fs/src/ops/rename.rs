@@ -57,11 +57,21 @@ impl Fs {
     /// [`FsError::NotFound`], [`FsError::Exists`] with `NOREPLACE`, [`FsError::NotEmpty`],
     /// [`FsError::IsDirectory`], [`FsError::NotDirectory`], [`FsError::Invalid`] for a directory
     /// into itself, [`FsError::TooManyLinks`].
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the arguments of renameat2, and who asks"
-    )]
     pub fn rename(
+        self: &Arc<Self>,
+        old_parent: u32,
+        old_name: &[u8],
+        new_parent: u32,
+        new_name: &[u8],
+        flags: RenameFlags,
+        caller: &Caller,
+    ) -> FsResult {
+        self.with_space(|| {
+            self.try_rename(old_parent, old_name, new_parent, new_name, flags, caller)
+        })
+    }
+
+    fn try_rename(
         self: &Arc<Self>,
         old_parent: u32,
         old_name: &[u8],

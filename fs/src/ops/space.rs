@@ -74,8 +74,10 @@ impl Fs {
         let mut handle = self.journal.start(REMOVE_CREDITS + ORPHAN_CREDITS)?;
         let now = self.now();
         data.size = size;
-        data.mtime = now;
-        data.ctime = now;
+        if !caller.keeps_times {
+            data.mtime = now;
+            data.ctime = now;
+        }
         if caller.uid != 0 {
             drop_privileges(&mut data);
         }
@@ -164,6 +166,17 @@ impl Fs {
         len: u64,
         caller: &Caller,
     ) -> FsResult {
+        self.with_space(|| self.try_fallocate(inode, mode, offset, len, caller))
+    }
+
+    fn try_fallocate(
+        self: &Arc<Self>,
+        inode: &Arc<Inode>,
+        mode: FallocMode,
+        offset: u64,
+        len: u64,
+        caller: &Caller,
+    ) -> FsResult {
         self.check_writable()?;
         if !inode.is_file() {
             return Err(if inode.is_dir() {
@@ -212,8 +225,10 @@ impl Fs {
         let handle = self.journal.start(4)?;
         let now = self.now();
         data.size = new_size;
-        data.mtime = now;
-        data.ctime = now;
+        if !caller.keeps_times {
+            data.mtime = now;
+            data.ctime = now;
+        }
         if caller.uid != 0 {
             drop_privileges(&mut data);
         }

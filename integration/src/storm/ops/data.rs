@@ -394,7 +394,16 @@ impl Worker {
                 return self.salvage(handle, off, len, Some(stamp));
             }
             Err(error) => {
-                self.end(&Effect::Write { id, off, len: done, stamp }, 0, true)?;
+                self.end(
+                    &Effect::Write {
+                        id,
+                        off,
+                        len: done,
+                        stamp,
+                    },
+                    0,
+                    true,
+                )?;
                 // Seen with O_DIRECT: more is there than the count says.
                 log::debug!("write ended after {done} of {len} bytes: {error}");
                 return self.salvage(handle, off + done, len - done, Some(stamp));
