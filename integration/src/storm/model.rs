@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use super::acl::Acl;
 use super::content::FileData;
 use super::effect::{Effect, Falloc, Id, Name, NewNode, Place};
+use super::rng::Rng;
 
 /// The kind of an object with what only that kind has.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,6 +90,11 @@ impl Pool {
     /// Returns all members.
     pub fn ids(&self) -> &[Id] {
         &self.ids
+    }
+
+    /// Draws a member at random.
+    pub fn draw(&self, rng: &mut Rng) -> Option<Id> {
+        self.ids.get(rng.index(self.ids.len())).copied()
     }
 
     fn add(&mut self, id: Id) {

@@ -148,10 +148,14 @@ pub fn copy_range(
 /// Returns the ranges that `SEEK_DATA` and `SEEK_HOLE` report as data; the whole file where they
 /// are not supported.
 pub fn data_ranges(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
+    // Linux 6.18, ext4: an unwritten block in a page with other blocks can be data to SEEK_DATA and
+    // a hole to SEEK_HOLE, or at the end of the file give the size as the start of data. It reads
+    // as zeros, so any answer will do.
     let mut ranges = Vec::new();
     let mut at = 0;
     while at < size {
         let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(start) if start >= size => break,
             Ok(start) => start,
             Err(rustix::io::Errno::NXIO) => break,
             Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => {
@@ -168,8 +172,6 @@ pub fn data_ranges(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
             ranges.push((start, end.min(size)));
             at = end;
         } else {
-            // Linux 6.18, ext4: an unwritten block in a page with other blocks is data to
-            // SEEK_DATA and a hole to SEEK_HOLE. It reads as zeros, so either is right.
             at = (start / SMALLEST_BLOCK + 1) * SMALLEST_BLOCK;
         }
     }

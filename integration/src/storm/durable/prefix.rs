@@ -17,6 +17,9 @@ use super::history::{self, History};
 /// An entry in terms of the disk: directory, name, object.
 type Edge = (u64, Name, u64);
 
+/// A changed entry with the inode numbers it led to before and leads to now.
+type NumberedChange = (EdgeChange, Option<u64>, Option<u64>);
+
 /// How the names after some number of calls differ from those on disk.
 #[derive(Default)]
 struct Difference {
@@ -127,11 +130,7 @@ fn step(model: &mut Model, call: &Outcome, disk: &Disk, difference: &mut Differe
 }
 
 /// Applies one call; returns the changed entries with the inode numbers before and after.
-fn apply(
-    model: &mut Model,
-    call: &Outcome,
-    disk: &Disk,
-) -> Result<Vec<(EdgeChange, Option<u64>, Option<u64>)>> {
+fn apply(model: &mut Model, call: &Outcome, disk: &Disk) -> Result<Vec<NumberedChange>> {
     let (effect, ino) = match call {
         Outcome::Done(effect, ino) => (effect, *ino),
         Outcome::Failed(_) => return Ok(Vec::new()),

@@ -165,8 +165,7 @@ impl Worker {
     }
 
     fn pick_any_dir(&mut self) -> Id {
-        self.pick(&self.model.dirs.ids().to_vec())
-            .unwrap_or(super::ROOT)
+        self.model.dirs.draw(&mut self.rng).unwrap_or(super::ROOT)
     }
 
     /// Makes a call that must fail and change nothing.

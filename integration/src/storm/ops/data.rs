@@ -21,7 +21,7 @@ impl Worker {
         if self.handles.len() >= MAX_HANDLES {
             return self.op_close();
         }
-        let Some(id) = self.pick(&self.model.files.ids().to_vec()) else {
+        let Some(id) = self.model.files.draw(&mut self.rng) else {
             return Ok(());
         };
         let path = self.path(id);
@@ -70,7 +70,7 @@ impl Worker {
     }
 
     pub(super) fn op_append(&mut self) -> Result<()> {
-        let Some(id) = self.pick(&self.model.files.ids().to_vec()) else {
+        let Some(id) = self.model.files.draw(&mut self.rng) else {
             return Ok(());
         };
         let size = self.model.file(id).map_or(0, |data| data.size);
@@ -112,7 +112,7 @@ impl Worker {
     }
 
     pub(super) fn op_direct_write(&mut self) -> Result<()> {
-        let Some(id) = self.pick(&self.model.files.ids().to_vec()) else {
+        let Some(id) = self.model.files.draw(&mut self.rng) else {
             return Ok(());
         };
         let most = if self.rng.chance(12) { 64 } else { 8 };
@@ -156,7 +156,7 @@ impl Worker {
     }
 
     pub(super) fn op_direct_read(&mut self) -> Result<()> {
-        let Some(id) = self.pick(&self.model.files.ids().to_vec()) else {
+        let Some(id) = self.model.files.draw(&mut self.rng) else {
             return Ok(());
         };
         let Some(data) = self.model.file(id).cloned() else {
@@ -338,7 +338,7 @@ impl Worker {
     }
 
     pub(super) fn op_sync_dir(&mut self) -> Result<()> {
-        let Some(id) = self.pick(&self.model.dirs.ids().to_vec()) else {
+        let Some(id) = self.model.dirs.draw(&mut self.rng) else {
             return Ok(());
         };
         let path = self.path(id);

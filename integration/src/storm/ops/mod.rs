@@ -190,7 +190,7 @@ impl Worker {
         } else if dice < 50 {
             FIRST_SHARED + self.rng.below(SHARED_DIRS)
         } else {
-            self.pick(&self.model.dirs.ids().to_vec()).unwrap_or(ROOT)
+            self.model.dirs.draw(&mut self.rng).unwrap_or(ROOT)
         };
         if self.path_len(id) > MAX_PATH {
             ROOT
@@ -220,7 +220,7 @@ impl Worker {
 
     /// Picks one of the entries of the worker.
     fn pick_entry(&mut self) -> Option<(Place, Id)> {
-        let id = self.pick(&self.model.linked.ids().to_vec())?;
+        let id = self.model.linked.draw(&mut self.rng)?;
         let at = self.pick_link(id)?;
         Some((at, id))
     }
@@ -235,7 +235,7 @@ impl Worker {
     /// Picks an object that is neither link nor special file.
     fn pick_plain(&mut self) -> Option<Id> {
         for _ in 0..8 {
-            let id = self.pick(&self.model.linked.ids().to_vec())?;
+            let id = self.model.linked.draw(&mut self.rng)?;
             let inode = self.model.inode(id)?;
             if inode.file().is_some() || inode.dir().is_some() {
                 return Some(id);
@@ -250,7 +250,7 @@ impl Worker {
             let index = self.rng.index(self.handles.len());
             return Ok(self.handles.get(index).cloned());
         }
-        let Some(id) = self.pick(&self.model.files.ids().to_vec()) else {
+        let Some(id) = self.model.files.draw(&mut self.rng) else {
             return Ok(None);
         };
         let Some(at) = self.pick_link(id) else {
@@ -268,11 +268,6 @@ impl Worker {
             file: Rc::new(file),
             path,
         }))
-    }
-
-    fn pick(&mut self, ids: &[Id]) -> Option<Id> {
-        let index = self.rng.index(ids.len());
-        ids.get(index).copied()
     }
 
     fn path_len(&self, id: Id) -> usize {
