@@ -7,6 +7,7 @@ mod storm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -30,6 +31,9 @@ enum Command {
         /// Manifests, or directories that hold them.
         #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
         manifest: Vec<PathBuf>,
+        /// By how many milliseconds modification times may differ.
+        #[arg(long, value_name = "MS", default_value_t = 0)]
+        mtime_slack: u64,
     },
     /// After a crash and replay: check that nothing that was synced is lost.
     CheckDurable(storm::durable::DurableArgs),
@@ -51,8 +55,14 @@ fn main() -> ExitCode {
         .init();
     let result = match Cli::parse().command {
         Command::Run(args) => storm::run::run(&args),
-        Command::Verify { dir, manifest } => storm::verify::expand(&manifest)
-            .and_then(|files| storm::verify::verify(&dir, &files))
+        Command::Verify {
+            dir,
+            manifest,
+            mtime_slack,
+        } => storm::verify::expand(&manifest)
+            .and_then(|files| {
+                storm::verify::verify(&dir, &files, Duration::from_millis(mtime_slack))
+            })
             .map(|count| println!("{count} names verified")),
         Command::CheckDurable(args) => storm::durable::check(&args),
         Command::Caps { dir } => storm::run::print_caps(&dir),

@@ -6,13 +6,14 @@ use std::fs::File;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::content::Source;
 use super::error::{Context, Result, StormError};
 use super::manifest::{self, Manifest, Record};
 use super::model::Kind;
 use super::text::escape;
-use super::{compare, shared_dir};
+use super::{compare, shared_dir, sys};
 
 /// How many failures are printed.
 const PRINTED: usize = 40;
@@ -46,10 +47,14 @@ impl Report {
 
 /// Compares everything that the manifests name, and looks for what they do not.
 ///
+/// Modification times may differ by `slack`. Over FUSE with a writeback cache the kernel shows its
+/// own time of a write until the cache is dropped, and the server's, which is some milliseconds
+/// later, from then on.
+///
 /// # Errors
 ///
 /// Prints every difference and returns their number.
-pub fn verify(mount: &Path, files: &[PathBuf]) -> Result<usize> {
+pub fn verify(mount: &Path, files: &[PathBuf], slack: Duration) -> Result<usize> {
     let manifests: Vec<Manifest> = files
         .iter()
         .map(|file| manifest::read(file))
@@ -61,7 +66,7 @@ pub fn verify(mount: &Path, files: &[PathBuf]) -> Result<usize> {
         let mut groups = BTreeMap::new();
         for record in &manifest.records {
             names.insert(&record.path);
-            report.note(check(mount, record, &source, &mut groups));
+            report.note(check(mount, record, &source, slack, &mut groups));
         }
         let inodes: BTreeSet<u64> = groups.values().copied().collect();
         if inodes.len() != groups.len() {
@@ -111,11 +116,19 @@ fn check(
     mount: &Path,
     record: &Record,
     source: &Source,
+    slack: Duration,
     groups: &mut BTreeMap<u64, u64>,
 ) -> Result<()> {
     let path = mount.join(OsStr::from_bytes(&record.path));
     let meta = path.symlink_metadata().call("stat", &path)?;
-    compare::stat(&path, &meta, &record.inode, record.nlink)?;
+    let mut inode = record.inode.clone();
+    let actual = sys::mtime(&meta);
+    let is_near =
+        |time: (i64, u32)| nanoseconds(time).abs_diff(nanoseconds(actual)) <= slack.as_nanos();
+    if inode.mtime.is_some_and(is_near) {
+        inode.mtime = Some(actual);
+    }
+    compare::stat(&path, &meta, &inode, record.nlink)?;
     let ino = meta.ino();
     let first = *groups.entry(record.group).or_insert(ino);
     if first != ino {
@@ -135,6 +148,10 @@ fn check(
         _ => {}
     }
     compare::xattrs(&path, &record.xattrs)
+}
+
+fn nanoseconds((sec, nsec): (i64, u32)) -> i128 {
+    i128::from(sec) * 1_000_000_000 + i128::from(nsec)
 }
 
 /// Reports what the manifests do not name, at any depth below `top`.

@@ -166,7 +166,10 @@ impl Worker {
     }
 
     fn known_ino(&self, parent: Id, name: &[u8]) -> u64 {
-        let at = Place { parent, name: name.to_vec() };
+        let at = Place {
+            parent,
+            name: name.to_vec(),
+        };
         let inode = self.model.lookup(&at).and_then(|id| self.model.inode(id));
         inode.map_or(UNKNOWN_INO, |inode| inode.ino)
     }
