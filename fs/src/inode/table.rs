@@ -52,6 +52,11 @@ impl Fs {
             return Ok(inode);
         }
         let inode = Inode::new(&self.geo, ino, self.read_inode(ino)?);
+        // It may have been in memory before, and changed: `fsync` must wait for that, too.
+        let tid = self.journal.youngest();
+        inode.tid.store(tid, Ordering::Release);
+        inode.datasync_tid.store(tid, Ordering::Release);
+        inode.unflushed.store(true, Ordering::Release);
         Ok(self.inodes.map.entry(ino).or_insert(inode).clone())
     }
 

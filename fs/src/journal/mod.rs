@@ -367,6 +367,14 @@ impl Journal {
         Ok(())
     }
 
+    /// The youngest transaction that may have changed anything so far.
+    #[must_use]
+    pub fn youngest(&self) -> u32 {
+        let state = self.shared.state.lock();
+        let youngest = state.running.as_ref().or(state.committing.as_ref());
+        youngest.map_or(state.committed, |txn| txn.tid)
+    }
+
     /// Starts to commit `tid`.
     pub fn start_commit(&self, tid: u32) {
         let mut state = self.shared.state.lock();
@@ -378,12 +386,7 @@ impl Journal {
     /// # Errors
     /// [`FsError::Aborted`], or the flush's.
     pub fn commit_all(&self) -> FsResult {
-        let tid = {
-            let state = self.shared.state.lock();
-            let youngest = state.running.as_ref().or(state.committing.as_ref());
-            youngest.map_or(state.committed, |txn| txn.tid)
-        };
-        self.commit_or_flush(tid)
+        self.commit_or_flush(self.youngest())
     }
 
     /// Commits, writes everything home and marks the log empty; takes no handle from then on.
