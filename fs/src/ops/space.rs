@@ -88,7 +88,9 @@ impl Fs {
             self.orphan_add(&handle, inode)?;
             self.write_inode(&handle, inode, &data)?;
             map::remove(self, &mut handle, inode, &mut data, from, u32::MAX)?;
-            self.orphan_remove(&handle, inode)?;
+            if data.links > 0 {
+                self.orphan_remove(&handle, inode)?;
+            }
             self.write_inode(&handle, inode, &data)
         })();
         let tid = handle.tid();
