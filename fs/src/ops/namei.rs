@@ -311,6 +311,7 @@ impl Fs {
                 }
             }
         }
+        inode.datasync_tid.store(handle.tid(), Ordering::Release);
         self.write_inode(handle, inode, &data)
     }
 
