@@ -9,11 +9,13 @@
 //! 1. The transaction is locked and its handles stop. *Crash: nothing of it is on disk.*
 //! 2. If the log was empty, the superblock says where it starts now, durably. *Crash: replay looks
 //!    there and finds no commit record with the right number.*
-//! 3. Revoke blocks, descriptor blocks and copies are written, and awaited. *Crash: the same; what
-//!    stands there has no commit record, or one of an earlier round, whose number is too old.*
+//! 3. Revoke blocks, descriptor blocks and copies are written, zeros behind them, and awaited.
+//!    *Crash: the same; what stands there has no commit record, or one of an earlier round, whose
+//!    number is too old.*
 //! 4. The commit record, with preflush and FUA: the flush makes step 3 durable, and the file data
-//!    that was written before its metadata joined. *Crash before it is durable: as 3; a torn record
-//!    has a wrong checksum or none of the block's sectors. After: the transaction is replayed.*
+//!    that was written before its metadata joined. *Crash before it is durable: as 3; of a torn one
+//!    the first sector counts, all others are zeros before and after. After: the transaction is
+//!    replayed.*
 //! 5. Each buffer is marked dirty and unpinned, or stays pinned for the next transaction that has
 //!    it; freed blocks are dropped from the cache, their numbers go to the hooks, waiters wake.
 //!    *Crash: replayed; nothing that was freed had been given out before 4.*
@@ -136,7 +138,8 @@ impl Shared {
         writer.expect(jbd2.blocks_for(heads.len(), revokes.len(), self.block_size));
         writer.put_revokes(txn.tid, &revokes)?;
         writer.put_heads(txn.tid, &heads)?;
-        let at = writer.finish()?;
+        let at = writer.put_zeros()?;
+        writer.finish()?;
 
         let mut block = PagePool::shared().alloc_zeroed(self.block_size)?;
         let now = SystemTime::now()
@@ -485,13 +488,22 @@ impl<'a> LogWriter<'a> {
         Ok(())
     }
 
-    /// Sends the rest and waits for all; gives the log block that follows.
-    fn finish(mut self) -> BlkResult<u32> {
+    /// Clears the place of the commit record, so that a torn write of it leaves either zeros or
+    /// the record: e2fsck takes a record with something else behind it for damage. Gives the place.
+    fn put_zeros(&mut self) -> BlkResult<u32> {
+        let at = self.at;
+        let slot = self.next()?;
+        self.slot(slot).fill(0);
+        Ok(at)
+    }
+
+    /// Sends the rest and waits for all.
+    fn finish(mut self) -> BlkResult {
         let mut res = Ok(());
         while res.is_ok() && !self.chunks.is_empty() {
             res = self.send_first();
         }
         let done = self.batch.wait();
-        res.and(done).map(|()| self.at)
+        res.and(done)
     }
 }
