@@ -106,12 +106,13 @@ impl Shared {
     /// Ends with `has_committer` cleared; from then on somebody else may commit.
     fn commit(&self, txn: &Arc<Txn>) {
         let start = self.state.lock().head;
-        let is_empty = txn.heads.lock_nested().is_empty() && txn.revokes.len() == 0;
+        let is_empty = txn.heads.lock_nested().is_empty();
         let written = match &self.mode {
             // Who asked for the commit wants data durable, too.
-            _ if is_empty && !self.core.opts.barrier => Ok(None),
-            _ if is_empty => flush_wait(&self.core.dev).map(|()| None),
+            Mode::Bare(_) if is_empty && !self.core.opts.barrier => Ok(None),
+            Mode::Bare(disk) if is_empty => flush_wait(&disk.dev).map(|()| None),
             Mode::Bare(disk) => self.commit_in_place(disk, txn).map(|()| None),
+            // Also where it is empty: a number that is missing in the log ends the replay.
             Mode::Jbd2(jbd2) => self.commit_to_log(jbd2, txn, start).map(Some),
         };
         match written {

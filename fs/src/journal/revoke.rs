@@ -59,6 +59,7 @@ impl RevokeTable {
         blocks
     }
 
+    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.count.load(Ordering::Acquire)
     }
