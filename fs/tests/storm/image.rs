@@ -1,0 +1,134 @@
+//! Images made by mke2fs, judged by e2fsck.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use blockstack::backend::mem::Image;
+
+/// A directory for images, in memory where there is such a place.
+pub struct Scratch(tempfile::TempDir);
+
+impl Scratch {
+    pub fn new() -> Self {
+        let shm = Path::new("/dev/shm");
+        let dir = if shm.is_dir() {
+            tempfile::tempdir_in(shm)
+        } else {
+            tempfile::tempdir()
+        };
+        Self(dir.unwrap())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Makes a file system; `None` where this mke2fs does not know how.
+    pub fn try_mkfs(&self, args: &[&str], size: &str) -> Option<Image> {
+        let path = self.path("made");
+        let out = Command::new("mke2fs")
+            .args(["-q", "-F"])
+            .args(args)
+            .arg(&path)
+            .arg(size)
+            .output()
+            .expect("mke2fs (package e2fsprogs)");
+        if !out.status.success() {
+            println!("mke2fs {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+            return None;
+        }
+        let image = Image::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        Some(image)
+    }
+
+    /// What `e2fsck -fn` complains about.
+    pub fn check(&self, image: &Image) -> Result<(), String> {
+        let path = self.path("checked");
+        image.save(&path).unwrap();
+        let res = check(&path);
+        std::fs::remove_file(&path).unwrap();
+        res
+    }
+
+    /// Lets `e2fsck -fp` replay and clear orphans; anything else it says is an error. Gives what it
+    /// made of the image, which is clean then.
+    pub fn replay(&self, image: &Image) -> Result<Image, String> {
+        let path = self.path("replayed");
+        image.save(&path).unwrap();
+        let res = preen(&path).and_then(|()| check(&path));
+        let after = Image::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        res.map(|()| after)
+    }
+
+    /// Lets `e2fsck -fp` repair what it can without questions; gives its exit code and words.
+    pub fn repair(&self, image: &Image) -> (i32, String, Image) {
+        let path = self.path("repaired");
+        image.save(&path).unwrap();
+        let (code, text) = e2fsck("-fp", &path);
+        let after = Image::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        (code, text, after)
+    }
+
+    /// Keeps an image for who looks into a failure.
+    pub fn keep(image: &Image, name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("{name}-{}.img", std::process::id()));
+        image.save(&path).unwrap();
+        path
+    }
+}
+
+/// Whether a power cut tore the superblock: its checksum stands in another sector than what it is
+/// for. Nothing of the format helps on a disk that does not write the two as one; the kernel's ext4
+/// has the same gap.
+pub fn has_torn_superblock(image: &Image) -> bool {
+    const METADATA_CSUM: u32 = 0x400;
+    let mut sb = [0; 1024];
+    image.read_at(1024, &mut sb);
+    let le32 = |at: usize| u32::from_le_bytes([sb[at], sb[at + 1], sb[at + 2], sb[at + 3]]);
+    le32(0x64) & METADATA_CSUM != 0 && le32(0x3fc) != !crc32c::crc32c(&sb[..0x3fc])
+}
+
+fn e2fsck(how: &str, path: &Path) -> (i32, String) {
+    let out = Command::new("e2fsck").arg(how).arg(path).output().unwrap();
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    );
+    (out.status.code().unwrap_or(-1), text)
+}
+
+fn check(path: &Path) -> Result<(), String> {
+    let (code, text) = e2fsck("-fn", path);
+    if code == 0 {
+        Ok(())
+    } else {
+        Err(format!("e2fsck -fn: exit code {code}\n{text}"))
+    }
+}
+
+fn is_harmless(line: &str) -> bool {
+    let known = [
+        "recovering journal",
+        "Clearing orphaned inode",
+        "Truncating orphaned inode",
+        "% non-contiguous)",
+        // Of the orphan file, once its orphans are cleared, and where there were none.
+        "Feature orphan_present is set but orphan file is clean.",
+        "CLEARED.",
+    ];
+    let orphan_file = line.contains("Orphan file (inode") && line.ends_with("is not clean.");
+    line.trim().is_empty() || orphan_file || known.iter().any(|known| line.contains(known))
+}
+
+fn preen(path: &Path) -> Result<(), String> {
+    let (code, text) = e2fsck("-fp", path);
+    if (code == 0 || code == 1) && text.lines().all(is_harmless) {
+        Ok(())
+    } else {
+        Err(format!("e2fsck -fp: exit code {code}\n{text}"))
+    }
+}
