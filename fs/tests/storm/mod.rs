@@ -15,7 +15,11 @@ use fs::ops::{Caller, NewNode};
 use fs::{Fs, FsError, FsResult};
 
 pub const ROOT: u32 = 2;
-pub const ME: Caller = Caller { uid: 0, gid: 0 };
+pub const ME: Caller = Caller {
+    uid: 0,
+    gid: 0,
+    keeps_times: false,
+};
 pub const FILE: NewNode<'static> = NewNode::Node {
     mode: 0o100_644,
     rdev: 0,
