@@ -202,6 +202,21 @@ fn an_unlinked_file_lives_until_it_is_forgotten() {
 }
 
 #[test]
+fn an_unlinked_file_that_was_truncated_is_still_deleted() {
+    on_all(|fs| {
+        let file = fs.create(ROOT, b"file", FILE, 0, &ME).unwrap();
+        write(fs, file.ino, 0, &[7; 100_000], Origin::PageCache).unwrap();
+        fs.unlink(ROOT, b"file").unwrap();
+        let shorter = SetAttr {
+            size: Some(5000),
+            ..SetAttr::default()
+        };
+        fs.setattr(file.ino, &shorter, &ME).unwrap();
+        fs.forget(file.ino, 1);
+    });
+}
+
+#[test]
 fn holes_are_made_and_filled() {
     on_all(|fs| {
         let file = fs.create(ROOT, b"file", FILE, 0, &ME).unwrap();

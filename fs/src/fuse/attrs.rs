@@ -27,20 +27,21 @@ pub(super) fn node(ino: u32) -> INodeNo {
     }
 }
 
-/// A time as `fuser` wants it. It sends one before 1970 as the whole seconds and the nanoseconds of
-/// its distance from 1970, both counted backwards, while the protocol counts nanoseconds forwards
-/// from the second: -5 s + 3 ns must be given as 5 s and 3 ns before 1970.
 pub(super) fn system_time(time: Timespec) -> SystemTime {
-    let distance = Duration::new(time.sec.unsigned_abs(), time.nsec);
-    let moved = if time.sec >= 0 {
-        UNIX_EPOCH.checked_add(distance)
+    let seconds = Duration::from_secs(time.sec.unsigned_abs());
+    let whole = if time.sec >= 0 {
+        UNIX_EPOCH.checked_add(seconds)
     } else {
-        UNIX_EPOCH.checked_sub(distance)
+        UNIX_EPOCH.checked_sub(seconds)
     };
-    moved.unwrap_or(UNIX_EPOCH)
+    whole
+        .and_then(|whole| whole.checked_add(Duration::from_nanos(time.nsec.into())))
+        .unwrap_or(UNIX_EPOCH)
 }
 
-/// A time as `fuser` gives it: see [`system_time`].
+/// A time as `fuser` 0.18 gives it. It takes one before 1970 as whole seconds and nanoseconds both
+/// counted backwards from 1970, while the kernel counts nanoseconds forwards from the second: the
+/// kernel's -5 s + 3 ns arrives as 5 s and 3 ns before 1970. What it sends is right.
 pub(super) fn timespec(time: SystemTime) -> Timespec {
     match time.duration_since(UNIX_EPOCH) {
         Ok(since) => Timespec {
@@ -130,20 +131,21 @@ pub(super) fn negative() -> FileAttr {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
     use super::{system_time, timespec};
     use crate::format::inode::Timespec;
 
     #[test]
-    fn times_before_1970_come_back() {
-        for time in [
-            Timespec {
-                sec: -1,
-                nsec: 999_999_999,
-            },
-            Timespec { sec: -5, nsec: 0 },
-            Timespec { sec: 7, nsec: 1 },
-        ] {
-            assert_eq!(timespec(system_time(time)), time);
-        }
+    fn nanoseconds_before_1970_keep_their_direction() {
+        let time = Timespec {
+            sec: -5,
+            nsec: 300_000_000,
+        };
+        let sent = UNIX_EPOCH - Duration::from_millis(4700);
+        assert_eq!(system_time(time), sent);
+        // As `fuser` decodes the kernel's -5 s, 300,000,000 ns.
+        let received = UNIX_EPOCH - Duration::new(5, 300_000_000);
+        assert_eq!(timespec(received), time);
     }
 }
