@@ -82,7 +82,9 @@ fn storm(dir: &Path, out: &Path, seed: u64, ops: u64) {
         .arg("--out")
         .arg(out)
         .args(["--seed", &seed.to_string()])
-        .args(["--ops", &ops.to_string()]));
+        .args(["--ops", &ops.to_string()])
+        // e2fsck takes years from 2310 on for mistakes of old kernels.
+        .args(["--without", "time-wide"]));
 }
 
 fn verify(dir: &Path, out: &Path) {
