@@ -80,7 +80,7 @@ impl Core {
     /// The time for an inode.
     #[must_use]
     pub fn now(&self) -> Timespec {
-        match SystemTime::now().duration_since(UNIX_EPOCH) {
+        let now = match SystemTime::now().duration_since(UNIX_EPOCH) {
             Ok(since) => Timespec {
                 sec: since.as_secs() as i64,
                 nsec: since.subsec_nanos(),
@@ -89,6 +89,16 @@ impl Core {
                 sec: -(before.duration().as_secs() as i64),
                 nsec: 0,
             },
+        };
+        self.storable(now)
+    }
+
+    /// What an inode of this file system can hold of a time: the smallest ones hold whole seconds.
+    #[must_use]
+    pub fn storable(&self, time: Timespec) -> Timespec {
+        match self.geo.inode_size {
+            0..=128 => Timespec { nsec: 0, ..time },
+            _ => time,
         }
     }
 

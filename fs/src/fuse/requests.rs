@@ -176,6 +176,13 @@ impl Filesystem for Requests {
                 log::debug!("the kernel's FUSE lacks {missing:?}");
             }
         }
+        let granularity = match self.fs.geo.inode_size {
+            0..=128 => Duration::from_secs(1),
+            _ => Duration::from_nanos(1),
+        };
+        if config.set_time_granularity(granularity).is_err() {
+            log::debug!("the kernel keeps times of its own granularity");
+        }
         // Each of these answers with the nearest value the kernel takes.
         if let Err(nearest) = config.set_max_write(MAX_IO) {
             config.set_max_write(nearest).ok();

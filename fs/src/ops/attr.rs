@@ -134,11 +134,11 @@ impl Fs {
         let time = |set: Option<SetTime>, old: Timespec| match set {
             None => old,
             Some(SetTime::Now) => now,
-            Some(SetTime::At(time)) => time,
+            Some(SetTime::At(time)) => self.storable(time),
         };
         data.atime = time(set.atime, data.atime);
         data.mtime = time(set.mtime, data.mtime);
-        data.ctime = set.ctime.unwrap_or(now);
+        data.ctime = set.ctime.map_or(now, |time| self.storable(time));
         Ok(())
     }
 
