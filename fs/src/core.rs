@@ -11,6 +11,7 @@ use blockstack::workqueue::Workqueue;
 use bufio::Client;
 
 use crate::alloc::Alloc;
+use crate::batch::Batch;
 use crate::data::DataIo;
 use crate::error::{FsError, FsResult};
 use crate::format::inode::Timespec;
@@ -174,6 +175,8 @@ pub struct Fs {
     pub orphans: Orphans,
     /// File data.
     pub data_io: DataIo,
+    /// Small writes, gathered.
+    pub batch: Batch,
     /// Bytes of page cache writes under way.
     pub behind: AtomicUsize,
     /// Held by a rename between directories.

@@ -30,6 +30,7 @@ use blockstack::{BioFlags, BlkResult, Buf, PagePool, Sector, SectorCount, flush_
 use smallvec::SmallVec;
 
 use crate::alloc::{Privilege, Run};
+use crate::batch::{Gathered, SMALL};
 use crate::core::Fs;
 use crate::error::{FsError, FsResult};
 use crate::format::inode::{InodeData, InodeFlags};
@@ -68,7 +69,6 @@ pub enum Origin {
 /// How a request of file data ends.
 pub struct IoEnd {
     fs: Arc<Fs>,
-    inode: Arc<Inode>,
     kind: EndKind,
 }
 
@@ -77,11 +77,15 @@ enum EndKind {
         skip: usize,
         len: usize,
         reply: ReadReply,
+        /// Kept until the bytes are there.
+        _inode: Arc<Inode>,
     },
-    Write(Box<WriteEnd>),
+    Write(Gathered),
+    Batch(Vec<Gathered>),
 }
 
-struct WriteEnd {
+/// What is to be done when the data of a write is on the device.
+pub(crate) struct WriteEnd {
     from: u32,
     to: u32,
     /// Byte behind the last written.
@@ -108,27 +112,47 @@ impl WriteEnd {
     }
 }
 
+impl Gathered {
+    /// The data is on the device, or will never be there.
+    fn end(&mut self, fs: &Fs, res: BlkResult<()>) {
+        let Self { inode, write } = self;
+        let outcome = match res {
+            Ok(()) => fs.end_write(inode, write),
+            Err(error) => {
+                for &(_, run) in &write.new {
+                    fs.alloc.unreserve(run);
+                }
+                Err(error.into())
+            }
+        };
+        if let (Err(error), None) = (outcome, &write.reply) {
+            log::error!("inode {}: data lost: {error}", inode.ino);
+            inode.io.record(error);
+        }
+        write.outcome = outcome;
+        inode.io.release(write.from, write.to);
+        fs.behind.fetch_sub(write.behind, Ordering::AcqRel);
+    }
+}
+
+impl IoEnd {
+    pub(crate) fn batch(fs: Arc<Fs>, writes: Vec<Gathered>) -> Self {
+        Self {
+            fs,
+            kind: EndKind::Batch(writes),
+        }
+    }
+}
+
 impl DioDone for IoEnd {
     fn end_io(&mut self, res: BlkResult<usize>) -> BlkResult<usize> {
-        if let EndKind::Write(write) = &mut self.kind {
-            let outcome = match res {
-                Ok(_) => self.fs.end_write(&self.inode, write),
-                Err(error) => {
-                    for &(_, run) in &write.new {
-                        self.fs.alloc.unreserve(run);
-                    }
-                    Err(error.into())
-                }
-            };
-            if let Err(error) = outcome {
-                if write.reply.is_none() {
-                    log::error!("inode {}: data lost: {error}", self.inode.ino);
-                    self.inode.io.record(error);
-                }
-            }
-            write.outcome = outcome;
-            self.inode.io.release(write.from, write.to);
-            self.fs.behind.fetch_sub(write.behind, Ordering::AcqRel);
+        let over = res.map(|_bytes| ());
+        match &mut self.kind {
+            EndKind::Read { .. } => {}
+            EndKind::Write(write) => write.end(&self.fs, over),
+            EndKind::Batch(writes) => writes
+                .iter_mut()
+                .for_each(|write| write.end(&self.fs, over)),
         }
         res
     }
@@ -136,22 +160,26 @@ impl DioDone for IoEnd {
     fn must_wait(&self) -> bool {
         match &self.kind {
             EndKind::Read { .. } => false,
-            EndKind::Write(write) => write.changes_inode() || self.fs.opts.sync,
+            EndKind::Write(write) => write.write.changes_inode() || self.fs.opts.sync,
+            EndKind::Batch(_) => true,
         }
     }
 
     fn done(self, buf: Buf, res: BlkResult<usize>) {
         match self.kind {
-            EndKind::Read { skip, len, reply } => match res {
+            EndKind::Read {
+                skip, len, reply, ..
+            } => match res {
                 Ok(_) => reply(Ok(&buf[skip..skip + len])),
                 Err(error) => reply(Err(error.into())),
             },
-            EndKind::Write(write) => {
+            EndKind::Write(Gathered { write, .. }) => {
                 drop(buf);
                 if let Some(reply) = write.reply {
                     reply(write.outcome.map(|()| write.bytes));
                 }
             }
+            EndKind::Batch(_) => {}
         }
     }
 }
@@ -195,10 +223,18 @@ impl Fs {
         inode.dio.get_or_init(|| self.data_io.open())
     }
 
+    /// Waits until no write of blocks `from..to` is under way. The caller must hold no lock.
+    pub(crate) fn wait_clear(self: &Arc<Self>, inode: &Inode, from: u32, to: u32) {
+        if inode.io.is_claimed(from, to) {
+            self.flush_batch();
+            inode.io.wait_clear(from, to);
+        }
+    }
+
     /// Waits until no data of the inode is under way and locks it.
-    pub(crate) fn quiesce<'a>(&self, inode: &'a Inode) -> Quiet<'a> {
+    pub(crate) fn quiesce<'a>(self: &Arc<Self>, inode: &'a Inode) -> Quiet<'a> {
         loop {
-            inode.io.wait_clear(0, u32::MAX);
+            self.wait_clear(inode, 0, u32::MAX);
             if let Some(dio) = inode.dio.get() {
                 dio.wait_idle();
             }
@@ -251,7 +287,7 @@ impl Fs {
             .min(u32::MAX.into()) as u32;
         let first = (offset >> block_bits).min(u32::MAX.into()) as u32;
         let (data, size) = loop {
-            inode.io.wait_clear(first, last);
+            self.wait_clear(inode, first, last);
             let data = inode.data.read();
             if !inode.io.is_claimed(first, last) {
                 let size = self.visible_size(inode, &data);
@@ -287,8 +323,12 @@ impl Fs {
         };
         let end = IoEnd {
             fs: self.clone(),
-            inode: inode.clone(),
-            kind: EndKind::Read { skip, len, reply },
+            kind: EndKind::Read {
+                skip,
+                len,
+                reply,
+                _inode: inode.clone(),
+            },
         };
         self.file_io(inode).read(&extents, buf, end);
         drop(data);
@@ -351,7 +391,7 @@ impl Fs {
         }
         let (from, to) = (from as u32, to as u32);
         let mut data = loop {
-            inode.io.wait_clear(from, to);
+            self.wait_clear(inode, from, to);
             let data = inode.data.write();
             if inode.io.try_claim(from, to, end) {
                 break data;
@@ -401,13 +441,26 @@ impl Fs {
         } else {
             write.reply = Some(reply);
         }
-        let done = IoEnd {
-            fs: self.clone(),
+        let write = Gathered {
             inode: inode.clone(),
-            kind: EndKind::Write(write),
+            write,
         };
-        self.file_io(inode)
-            .write(&plan.extents, buf, BioFlags::empty(), done);
+        let small = early.is_some() && buf.len() <= SMALL;
+        let gathered = match (&plan.extents[..], small) {
+            ([extent], true) => match self.gather(extent.sector, &buf, write) {
+                Ok(()) => None,
+                Err((_no_memory, back)) => Some(back),
+            },
+            _ => Some(write),
+        };
+        if let Some(write) = gathered {
+            let done = IoEnd {
+                fs: self.clone(),
+                kind: EndKind::Write(write),
+            };
+            self.file_io(inode)
+                .write(&plan.extents, buf, BioFlags::empty(), done);
+        }
         if let Some((reply, written)) = early {
             reply(Ok(written));
         }
@@ -665,8 +718,8 @@ impl Fs {
     ///
     /// # Errors
     /// Also of writes that were answered before they ended.
-    pub fn fsync(&self, inode: &Inode, datasync: bool) -> FsResult {
-        inode.io.wait_clear(0, u32::MAX);
+    pub fn fsync(self: &Arc<Self>, inode: &Inode, datasync: bool) -> FsResult {
+        self.wait_clear(inode, 0, u32::MAX);
         if let Some(dio) = inode.dio.get() {
             dio.wait_idle();
         }
@@ -695,10 +748,10 @@ impl Fs {
     ///
     /// # Errors
     /// The first one met.
-    pub fn sync(&self) -> FsResult {
+    pub fn sync(self: &Arc<Self>) -> FsResult {
         let mut first = Ok(());
         for inode in self.inodes.all() {
-            inode.io.wait_clear(0, u32::MAX);
+            self.wait_clear(&inode, 0, u32::MAX);
             if let Some(error) = inode.io.take_error() {
                 first = first.and(Err(error));
             }
@@ -737,8 +790,8 @@ impl Fs {
     ///
     /// # Errors
     /// [`FsError::NoSuchAddress`] at or past the end of file, or without data behind `offset`.
-    pub fn seek(&self, inode: &Inode, offset: u64, what: Seek) -> FsResult<u64> {
-        inode.io.wait_clear(0, u32::MAX);
+    pub fn seek(self: &Arc<Self>, inode: &Inode, offset: u64, what: Seek) -> FsResult<u64> {
+        self.wait_clear(inode, 0, u32::MAX);
         let data = inode.data.read();
         if offset >= data.size {
             return Err(FsError::NoSuchAddress);

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod alloc;
+pub mod batch;
 pub mod core;
 pub mod data;
 pub mod dir;

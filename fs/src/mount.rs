@@ -18,6 +18,7 @@ use bufio::{Client, ClientConfig, no_check};
 use zerocopy::FromBytes;
 
 use crate::alloc::Alloc;
+use crate::batch::Batch;
 use crate::core::{Core, ErrorRecord, Fs};
 use crate::error::{FsError, FsResult};
 use crate::format::features::{
@@ -279,6 +280,7 @@ impl Fs {
             })
         };
         let mut spawn_error = None;
+        let data_io = DirectIo::new("fs", dev, DioConfig::default());
         let fs = Arc::new_cyclic(|weak: &Weak<Self>| {
             let queue = evictions(weak.clone());
             Self {
@@ -287,13 +289,17 @@ impl Fs {
                 alloc,
                 inodes: InodeTable::default(),
                 orphans: Orphans::default(),
-                data_io: DirectIo::new("fs", dev, DioConfig::default()),
+                batch: Batch::new(data_io.open()),
+                data_io,
                 behind: AtomicUsize::new(0),
                 rename_lock: Mutex::new(Rank::Rename, ()),
                 overhead,
                 evictions: queue.map_err(|error| spawn_error = Some(error)).ok(),
             }
         });
+        if let Err(error) = fs.batch.start(Arc::downgrade(&fs)) {
+            spawn_error.get_or_insert(error);
+        }
         match spawn_error {
             None => Ok(fs),
             Some(error) => {
@@ -360,7 +366,7 @@ impl Fs {
     pub fn unmount(self: &Arc<Self>) -> FsResult {
         let mut first = Ok(());
         for inode in self.inodes.all() {
-            inode.io.wait_clear(0, u32::MAX);
+            self.wait_clear(&inode, 0, u32::MAX);
             if let Some(dio) = inode.dio.get() {
                 dio.wait_idle();
             }
@@ -372,6 +378,7 @@ impl Fs {
             self.put(inode);
         }
         self.data_io.drain();
+        self.batch.stop();
         if let Some(evictions) = &self.evictions {
             evictions.drain();
         }
