@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use blockstack::DynDevice;
@@ -61,7 +61,13 @@ pub struct Core {
     pub read_only: AtomicBool,
     /// Errors to record.
     pub errors: Mutex<ErrorLog>,
+    /// Whether the list of orphans is empty, for an abort: [`ORPHANS_LISTED`], or the transaction
+    /// that emptied it, or 0.
+    pub(crate) orphan_list: AtomicU64,
 }
+
+/// See [`Core::orphan_list`].
+pub(crate) const ORPHANS_LISTED: u64 = u64::MAX;
 
 impl Core {
     /// Joins the parts.
@@ -75,6 +81,7 @@ impl Core {
             opts,
             on_error,
             errors: Mutex::new(Rank::Counters, ErrorLog::default()),
+            orphan_list: AtomicU64::new(0),
         }
     }
 

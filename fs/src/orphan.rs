@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use blockstack::sync::{Mutex, Rank};
 use bufio::{Buffer, Invalid, Validator, no_check};
 
-use crate::core::{Core, Fs};
+use crate::core::{Core, Fs, ORPHANS_LISTED};
 use crate::error::{FsError, FsResult};
 use crate::format::csum::crc32c;
 use crate::format::features::{Compat, RoCompat};
@@ -206,6 +206,8 @@ impl Fs {
     }
 
     fn write_last_orphan(&self, handle: &Handle, ino: u32) -> FsResult {
+        let list = if ino == 0 { handle.tid().into() } else { ORPHANS_LISTED };
+        self.core.orphan_list.store(list, Ordering::Release);
         let (buffer, offset) = self.core.superblock()?;
         let mut block = handle.write(&buffer)?;
         let at = offset + S_LAST_ORPHAN;
@@ -262,6 +264,9 @@ impl Fs {
         let mut next = le32(&buffer.data(), offset + S_LAST_ORPHAN);
         let mut state = self.orphans.0.lock();
         state.first = next;
+        if next != 0 {
+            self.core.orphan_list.store(ORPHANS_LISTED, Ordering::Release);
+        }
         let mut before = 0;
         while next != 0 {
             if state.before.insert(next, before).is_some() {

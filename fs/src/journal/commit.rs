@@ -304,7 +304,19 @@ impl Shared {
         true
     }
 
+    /// Lets whoever opens the file system next know. Not where the list of orphans may have
+    /// entries: e2fsck does not go through the list of a file system with errors, and then takes
+    /// its links in `i_dtime` for damage that it does not repair without questions. What is
+    /// committed is whole without the record, too.
     fn record_errno(&self) {
+        let committed = self.state.lock().committed;
+        let is_empty = match u32::try_from(self.core.orphan_list.load(Ordering::Acquire)) {
+            Ok(emptied) => emptied == 0 || tid_geq(committed, emptied),
+            Err(_listed) => false,
+        };
+        if !is_empty {
+            return;
+        }
         if let Mode::Jbd2(jbd2) = &self.mode {
             let mut log = jbd2.log.lock();
             log.sb.set_errno(libc::EIO);
