@@ -710,8 +710,7 @@ impl Fs {
         let written = self.write_inode(&handle, inode, data);
         let tid = handle.tid();
         inode.datasync_tid.store(tid, Ordering::Release);
-        let stopped = handle.stop();
-        result.and(written).and(stopped).map(|()| tid)
+        handle.finish(result.and(written)).map(|()| tid)
     }
 
     /// Makes a file durable; `datasync` without what reading it back does not need.

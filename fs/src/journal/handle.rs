@@ -23,6 +23,8 @@ pub struct Handle {
     txn: Option<Arc<Txn>>,
     /// Blocks it may still join.
     credits: Cell<u32>,
+    /// Something was changed through it.
+    changed: Cell<bool>,
 }
 
 /// A buffer being changed; dirty metadata of the handle's transaction.
@@ -65,6 +67,7 @@ impl Shared {
                 return Ok(Handle {
                     txn: Some(running),
                     credits: Cell::new(credits),
+                    changed: Cell::new(false),
                 });
             }
             if !self.has_space(&state) {
@@ -193,6 +196,7 @@ impl Handle {
     /// As [`Self::write`].
     pub fn write_class<'a>(&self, buffer: &'a Buffer, class: Class) -> FsResult<JournalWrite<'a>> {
         let txn = self.txn()?;
+        self.changed.set(true);
         let joined = txn
             .shared
             .heads
@@ -307,6 +311,32 @@ impl Handle {
     #[must_use]
     pub fn has_credits(&self, n: u32) -> bool {
         self.credits.get() >= n
+    }
+
+    /// Ends the handle of an operation with the operation's result. Where the device stopped it
+    /// halfway, what it had changed is committed all the same: the file system is then marked as
+    /// one with errors, for e2fsck.
+    ///
+    /// # Errors
+    /// The operation's; else as [`Self::stop`].
+    pub fn finish<T>(self, result: FsResult<T>) -> FsResult<T> {
+        if let Err(error) = &result {
+            self.note_failure(error);
+        }
+        let stopped = self.stop();
+        result.and_then(|value| stopped.map(|()| value))
+    }
+
+    /// See [`Self::finish`].
+    pub(crate) fn note_failure(&self, error: &FsError) {
+        let halfway = matches!(
+            error,
+            FsError::Buf(_) | FsError::Data(_) | FsError::NoMemory
+        );
+        if let (true, true, Some(txn)) = (halfway, self.changed.get(), &self.txn) {
+            log::error!("an operation ended halfway: {error}");
+            txn.shared.core.note_error("operation ended halfway", 0, 0);
+        }
     }
 
     /// Ends the handle; on a `sync` mount, waits for the commit.

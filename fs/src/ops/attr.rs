@@ -95,7 +95,7 @@ impl Fs {
             .and_then(|()| self.write_inode(&handle, &inode, &data));
         if let Err(error) = result {
             *data = before;
-            return handle.stop().and(Err(error));
+            return handle.finish(Err(error));
         }
         let tid = handle.tid();
         handle.stop()?;
@@ -258,13 +258,13 @@ impl Fs {
         let result = xattr::set(self, &handle, &inode, &mut data, name, value, mode);
         if let Err(error) = result {
             *data = before;
-            return handle.stop().and(Err(error));
+            return handle.finish(Err(error));
         }
         data.ctime = self.now();
         let written = self.write_inode(&handle, &inode, &data);
         let tid = handle.tid();
         inode.datasync_tid.store(tid, Ordering::Release);
-        handle.stop().and(written)?;
+        handle.finish(written)?;
         drop(data);
         self.sync_change(tid)
     }

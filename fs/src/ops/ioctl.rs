@@ -165,7 +165,7 @@ impl Fs {
             *data = before;
         }
         let tid = handle.tid();
-        handle.stop().and(written)?;
+        handle.finish(written)?;
         drop(data);
         self.sync_change(tid)
     }

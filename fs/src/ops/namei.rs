@@ -157,10 +157,11 @@ impl Fs {
         let made = self.make_inode(&handle, &dir, &dir_data, node, umask, caller);
         let inode = match made {
             Ok(inode) => inode,
-            Err(error) => return handle.stop().and(Err(error)),
+            Err(error) => return handle.finish(Err(error)),
         };
         let result = self.add_name(&handle, &dir, &mut dir_data, name, &inode);
         if let Err(error) = result {
+            handle.note_failure(&error);
             self.unmake_inode(handle, &inode);
             return Err(error);
         }
@@ -198,7 +199,7 @@ impl Fs {
         let made = self.make_inode(&handle, &dir, &dir_data, node, umask, caller);
         let inode = match made {
             Ok(inode) => inode,
-            Err(error) => return handle.stop().and(Err(error)),
+            Err(error) => return handle.finish(Err(error)),
         };
         let mut data = inode.data.write_nested();
         data.links = 0;
@@ -208,6 +209,7 @@ impl Fs {
         let attr = self.attr_of(&inode, &data);
         drop(data);
         if let Err(error) = listed {
+            handle.note_failure(&error);
             self.unmake_inode(handle, &inode);
             return Err(error);
         }
@@ -459,7 +461,7 @@ impl Fs {
         }
         let attr = self.attr_of(&inode, &data);
         let tid = handle.tid();
-        handle.stop().and(result)?;
+        handle.finish(result)?;
         drop(data);
         drop(dir_data);
         self.sync_change(tid)?;
@@ -515,7 +517,7 @@ impl Fs {
             self.lose_link(&handle, &inode, &mut data)
         });
         let tid = handle.tid();
-        handle.stop().and(result)?;
+        handle.finish(result)?;
         drop(data);
         drop(dir_data);
         self.put(inode);

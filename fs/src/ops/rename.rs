@@ -242,7 +242,7 @@ impl Fs {
             }
         });
         let tid = handle.tid();
-        handle.stop().and(result)?;
+        handle.finish(result)?;
         Ok(tid)
     }
 
@@ -357,7 +357,7 @@ impl Fs {
                 self.write_inode(&handle, target, &target_data)
             });
         let tid = handle.tid();
-        handle.stop().and(result)?;
+        handle.finish(result)?;
         Ok(tid)
     }
 }

@@ -95,7 +95,7 @@ impl Fs {
         })();
         let tid = handle.tid();
         inode.datasync_tid.store(tid, Ordering::Release);
-        handle.stop().and(result)?;
+        handle.finish(result)?;
         drop(data);
         self.sync_change(tid)
     }
@@ -113,7 +113,7 @@ impl Fs {
             data.dtime = 0;
             self.write_inode(&handle, inode, &data)
         })();
-        handle.stop().and(result)
+        handle.finish(result)
     }
 
     /// Deletes an orphan for good: its blocks, its attributes, the inode.
@@ -152,7 +152,7 @@ impl Fs {
             };
             self.alloc.free_inode(&handle, inode.ino, kind)
         })();
-        handle.stop().and(result)
+        handle.finish(result)
     }
 
     /// Preallocates, punches, zeros, collapses or inserts.
@@ -237,7 +237,7 @@ impl Fs {
         let written = self.write_inode(&handle, inode, &data);
         let tid = handle.tid();
         inode.datasync_tid.store(tid, Ordering::Release);
-        handle.stop().and(written)?;
+        handle.finish(written)?;
         drop(data);
         self.sync_change(tid)
     }
@@ -263,7 +263,7 @@ impl Fs {
         let result = map::remove(self, &mut handle, inode, data, first, last)
             .and_then(|()| self.write_inode(&handle, inode, data));
         inode.datasync_tid.store(handle.tid(), Ordering::Release);
-        handle.stop().and(result)
+        handle.finish(result)
     }
 
     fn preallocate(
@@ -303,7 +303,7 @@ impl Fs {
                 .and_then(|()| map::insert(self, &handle, inode, data, lblk, run, Written::No))
                 .and_then(|()| self.write_inode(&handle, inode, data));
             inode.datasync_tid.store(handle.tid(), Ordering::Release);
-            handle.stop().and(result)?;
+            handle.finish(result)?;
             lblk += run.len;
             inode.io.set_goal(lblk, run.start + u64::from(run.len));
         }
@@ -355,7 +355,7 @@ impl Fs {
         })();
         let tid = handle.tid();
         inode.datasync_tid.store(tid, Ordering::Release);
-        handle.stop().and(result)?;
+        handle.finish(result)?;
         drop(data);
         self.sync_change(tid)
     }
