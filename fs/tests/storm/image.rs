@@ -91,6 +91,19 @@ pub fn has_torn_superblock(image: &Image) -> bool {
     le32(0x64) & METADATA_CSUM != 0 && le32(0x3fc) != !crc32c::crc32c(&sb[..0x3fc])
 }
 
+pub fn has_journal(image: &Image) -> bool {
+    let mut compat = [0; 4];
+    image.read_at(1024 + 0x5c, &mut compat);
+    compat[0] & 4 != 0
+}
+
+/// Whether the superblock says that there were errors.
+pub fn has_error_state(image: &Image) -> bool {
+    let mut state = [0; 2];
+    image.read_at(1024 + 0x3a, &mut state);
+    state[0] & 2 != 0
+}
+
 fn e2fsck(how: &str, path: &Path) -> (i32, String) {
     let out = Command::new("e2fsck").arg(how).arg(path).output().unwrap();
     let text = format!(

@@ -250,7 +250,7 @@ impl Storm {
         if !cached || at + len > size {
             self.changed(&[id]);
         }
-        self.versioned(id, cached.then_some(at + len));
+        self.versioned(id, self.page_cache.then_some(at + len));
         Ok(format!("write {len} at {at} to node {id} {origin:?}"))
     }
 
