@@ -519,3 +519,26 @@ fn each_operation_fails_once_on_ext3() {
 fn each_operation_fails_once_without_a_journal() {
     each_position(&["-t", "ext2", "-b", "1024"], "12M", Rule::nth);
 }
+
+/// Lost: the whole file system, for who does not know what to answer to e2fsck.
+#[test]
+fn an_abort_while_files_without_a_name_are_open_needs_no_questions() {
+    let scratch = Scratch::new();
+    let disk = MemDisk::from_image("mem", scratch.try_mkfs(&EXT4, "12M").unwrap());
+    let (faulty, faults) = FaultyDisk::new(disk.clone());
+    let dev: DynDevice = faulty;
+    let fs = Fs::mount(dev, MountOptions::default()).unwrap();
+    for name in [b"one", b"two"] {
+        let ino = fs.create(ROOT, name, FILE, 0, &ME).unwrap().ino;
+        write(&fs, ino, 0, &[1; 5000], DIRECT).unwrap();
+        fs.unlink(ROOT, name).unwrap();
+    }
+    fs.sync().unwrap();
+    faults.add(Rule::nth(0).of(Kinds::WRITE));
+    fs.create(ROOT, b"three", FILE, 0, &ME).unwrap();
+    fs.sync().unwrap_err();
+    fs.unmount().unwrap_err();
+    let (code, text, repaired) = scratch.repair(&disk.image());
+    assert!(code <= 1, "exit code {code}: {text}");
+    scratch.check(&repaired).unwrap();
+}

@@ -123,7 +123,8 @@ fn storm(scratch: &Scratch, made: &Image, seed: u64, cuts: usize) -> usize {
         }
         if number % 3 != 2 {
             match scratch.replay(&image) {
-                Ok(after) => {
+                Ok(None) => {}
+                Ok(Some(after)) => {
                     let checked = check_mount(scratch, after, &history, point.ops, false);
                     if let Err(error) = checked {
                         fail(format!("after e2fsck: {error}"));

@@ -59,7 +59,9 @@ pub fn write(fs: &Arc<Fs>, ino: u32, offset: u64, bytes: &[u8], origin: Origin) 
     let reply = Box::new(move |res| sender.send(res).unwrap());
     fs.write(&inode, offset, bytes, origin, &ME, reply);
     drop(inode);
-    receiver.recv().expect("a write that was never answered")
+    receiver
+        .recv()
+        .unwrap_or_else(|_gone| panic!("a write that was never answered"))
 }
 
 /// Reads and waits for the answer.
@@ -71,7 +73,9 @@ pub fn read(fs: &Arc<Fs>, ino: u32, offset: u64, len: u32) -> FsResult<Vec<u8>> 
     });
     fs.read(&inode, offset, len, reply);
     drop(inode);
-    receiver.recv().expect("a read that was never answered")
+    receiver
+        .recv()
+        .unwrap_or_else(|_gone| panic!("a read that was never answered"))
 }
 
 pub fn fsync(fs: &Arc<Fs>, ino: u32, datasync: bool) -> FsResult {
