@@ -206,7 +206,11 @@ impl Fs {
     }
 
     fn write_last_orphan(&self, handle: &Handle, ino: u32) -> FsResult {
-        let list = if ino == 0 { handle.tid().into() } else { ORPHANS_LISTED };
+        let list = if ino == 0 {
+            handle.tid().into()
+        } else {
+            ORPHANS_LISTED
+        };
         self.core.orphan_list.store(list, Ordering::Release);
         let (buffer, offset) = self.core.superblock()?;
         let mut block = handle.write(&buffer)?;
@@ -265,7 +269,9 @@ impl Fs {
         let mut state = self.orphans.0.lock();
         state.first = next;
         if next != 0 {
-            self.core.orphan_list.store(ORPHANS_LISTED, Ordering::Release);
+            self.core
+                .orphan_list
+                .store(ORPHANS_LISTED, Ordering::Release);
         }
         let mut before = 0;
         while next != 0 {

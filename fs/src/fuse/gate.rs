@@ -14,13 +14,28 @@
 //! A thread stands by inside the handler of its last request, which is answered by then. Threads
 //! that never had a request yet wait in the kernel; they come here with their first.
 //!
+//! A thread that sleeps in the kernel must be woken for the next request, which takes longer than
+//! most requests. While they come quickly one after the other, the reader therefore looks for the
+//! next one for some microseconds before it goes to sleep. While they do not, it does not.
+//!
 //! When the mount ends, reading fails for the thread that reads; its end wakes all others.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use blockstack::sync::{Condvar, Mutex, Rank, WaitHook, set_wait_hook};
+
+/// How long a reader looks for the next request, and how soon one must come to be looked for.
+const LOOK: Duration = Duration::from_micros(50);
+/// Requests that came soon, from which on the next is looked for.
+const SOON: u32 = 3;
+/// Most of them that count, so that a pause is noticed soon.
+const SOON_MAX: u32 = 8;
 
 struct State {
     /// Threads that read or work, neither waiting nor standing by.
@@ -34,6 +49,8 @@ pub(super) struct Gate {
     loops: usize,
     state: Mutex<State>,
     wake: Condvar,
+    /// The connection, once it is there.
+    connection: OnceLock<OwnedFd>,
 }
 
 impl Gate {
@@ -47,11 +64,26 @@ impl Gate {
             loops: loops.max(1),
             state: Mutex::new(Rank::Pool, state),
             wake: Condvar::new(),
+            connection: OnceLock::new(),
         })
+    }
+
+    /// Sets the connection, to look for requests on.
+    pub(super) fn set_connection(&self, connection: OwnedFd) {
+        // There is one connection a mount; a second would change nothing.
+        self.connection.get_or_init(|| connection);
     }
 
     /// To be called at the start of each request.
     pub(super) fn enter(self: &Arc<Self>) {
+        if let Some(left) = LEFT.take() {
+            let count = SOON_COUNT.get();
+            SOON_COUNT.set(if left.elapsed() < LOOK {
+                (count + 1).min(SOON_MAX)
+            } else {
+                count.saturating_sub(1)
+            });
+        }
         READER.with_borrow_mut(|reader| {
             if reader.is_none() {
                 self.state.lock_nested().active += 1;
@@ -63,6 +95,22 @@ impl Gate {
 
     /// To be called at the end of each request: stands by while enough others read.
     pub(super) fn leave(&self) {
+        self.stand_by();
+        let Some(connection) = self.connection.get() else {
+            return;
+        };
+        let left = Instant::now();
+        if SOON_COUNT.get() >= SOON {
+            let mut fds = [PollFd::new(connection, PollFlags::IN)];
+            // An error is seen by the read that follows.
+            while matches!(poll(&mut fds, Some(&NOW)), Ok(0)) && left.elapsed() < LOOK {
+                std::hint::spin_loop();
+            }
+        }
+        LEFT.set(Some(left));
+    }
+
+    fn stand_by(&self) {
         let mut state = self.state.lock_nested();
         if state.active <= self.loops || state.closing {
             return;
@@ -118,7 +166,16 @@ impl Drop for Reader {
     }
 }
 
+const NOW: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+};
+
 thread_local! {
+    /// When the thread's last request was over.
+    static LEFT: Cell<Option<Instant>> = const { Cell::new(None) };
+    /// How many of its last requests came soon after the one before.
+    static SOON_COUNT: Cell<u32> = const { Cell::new(0) };
     static READER: RefCell<Option<Reader>> = const { RefCell::new(None) };
 }
 

@@ -12,6 +12,7 @@ mod gate;
 mod requests;
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -125,7 +126,9 @@ impl Server {
     /// Those of mount(2) or `fusermount3`, in its words.
     pub fn mount(fs: Arc<Fs>, config: &FuseConfig) -> io::Result<Self> {
         let requests = requests::Requests::new(fs, config);
+        let gate = requests.gate();
         let mut session = Session::new(requests, &config.mountpoint, &config.to_fuser())?;
+        gate.set_connection(session.as_fd().try_clone_to_owned()?);
         let unmounter = Unmounter(Arc::new(Mutex::new(
             Rank::Mount,
             session.unmount_callable(),

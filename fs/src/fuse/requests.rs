@@ -93,6 +93,10 @@ impl Requests {
         }
     }
 
+    pub(super) fn gate(&self) -> Arc<Gate> {
+        self.gate.clone()
+    }
+
     fn turn(&self) -> Turn<'_> {
         self.gate.enter();
         Turn(&self.gate)
