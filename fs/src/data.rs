@@ -330,8 +330,12 @@ impl Fs {
                 _inode: inode.clone(),
             },
         };
+        let touch = self.wants_atime(&data);
         self.file_io(inode).read(&extents, buf, end);
         drop(data);
+        if touch {
+            self.touch_atime(inode);
+        }
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use crate::error::{FsError, FsResult};
 use crate::format::inode::{InodeData, InodeFlags, Timespec};
 use crate::inode::Inode;
 use crate::journal::Handle;
+use crate::options::Atime;
 use crate::xattr::{self, XattrMode, acl};
 
 /// A time to set.
@@ -148,6 +149,37 @@ impl Fs {
             self.journal.commit_wait(tid)
         } else {
             Ok(())
+        }
+    }
+
+    /// Whether a read updates the time of access.
+    pub(crate) fn wants_atime(&self, data: &InodeData) -> bool {
+        const DAY: i64 = 24 * 60 * 60;
+        if self.is_read_only() || data.flags.contains(InodeFlags::NOATIME) {
+            return false;
+        }
+        let now = self.now();
+        match self.opts.atime {
+            Atime::Never => false,
+            Atime::Strict => now.sec > data.atime.sec,
+            Atime::Relative => {
+                data.atime <= data.mtime
+                    || data.atime <= data.ctime
+                    || now.sec - data.atime.sec >= DAY
+            }
+        }
+    }
+
+    /// Sets the time of access. A failure harms nobody who reads; the journal has told of it.
+    pub(crate) fn touch_atime(&self, inode: &Inode) {
+        let mut data = inode.data.write();
+        let touched = self.journal.start(2).and_then(|handle| {
+            data.atime = self.now();
+            let written = self.write_inode(&handle, inode, &data);
+            handle.stop().and(written)
+        });
+        if let Err(error) = touched {
+            log::debug!("inode {}: time of access: {error}", inode.ino);
         }
     }
 
