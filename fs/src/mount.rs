@@ -321,6 +321,14 @@ impl Fs {
         self.inodes.drop_unused(ino);
     }
 
+    /// The time in seconds, as `time` of the C library tells it: from a clock that is behind by up
+    /// to a tick. A superblock from the next second already is one "from the future" to e2fsck.
+    fn coarse_seconds(&self) -> i64 {
+        let now = self.now();
+        let tick_over = now.nsec < 10_000_000;
+        now.sec - i64::from(tick_over)
+    }
+
     /// Changes the superblock on disk at once, outside of any transaction.
     fn change_superblock(&self, change: impl FnOnce(&mut RawSuperblock)) -> FsResult {
         let (block, offset) = self.geo.superblock_at();
@@ -330,8 +338,9 @@ impl Fs {
             match RawSuperblock::mut_from_bytes(&mut data[offset..offset + SUPERBLOCK_SIZE]) {
                 Ok(raw) => {
                     change(raw);
-                    raw.s_wtime.set(self.now().sec as u32);
-                    raw.s_wtime_hi = (self.now().sec >> 32) as u8;
+                    let now = self.coarse_seconds();
+                    raw.s_wtime.set(now as u32);
+                    raw.s_wtime_hi = (now >> 32) as u8;
                     raw.seal();
                 }
                 Err(_size) => return Err(FsError::Invalid),
@@ -343,7 +352,7 @@ impl Fs {
     }
 
     fn mark_mounted(&self, has_log: bool) -> FsResult {
-        let now = self.now().sec;
+        let now = self.coarse_seconds();
         self.change_superblock(|raw| {
             raw.s_state.set(raw.s_state.get() & !STATE_VALID);
             raw.s_mnt_count.set(raw.s_mnt_count.get().wrapping_add(1));
