@@ -56,6 +56,21 @@ impl Content {
         self.sectors.truncate((size as usize).div_ceil(SECTOR));
     }
 
+    /// Cuts `from..to` out, or opens it; both in whole sectors.
+    pub fn shift(&mut self, from: u64, to: u64, collapse: bool) {
+        let last = (self.size as usize).div_ceil(SECTOR);
+        self.sectors.resize(last, ZEROS.clone());
+        let (at, end) = (from as usize / SECTOR, to as usize / SECTOR);
+        if collapse {
+            self.sectors.drain(at..end);
+            self.size -= to - from;
+        } else {
+            let zeros = std::iter::repeat_n(ZEROS.clone(), end - at);
+            self.sectors.splice(at..at, zeros);
+            self.size += to - from;
+        }
+    }
+
     pub fn to_vec(&self) -> Vec<u8> {
         let len = self.size as usize;
         let mut bytes: Vec<u8> = (0..len.div_ceil(SECTOR))

@@ -173,8 +173,10 @@ impl Storm {
         match choice {
             0..38 => self.write(),
             38..44 => self.truncate(),
-            44..50 => self.fallocate(),
-            50..58 => self.rename(),
+            44..49 => self.fallocate(),
+            49 => self.shift(),
+            50..57 => self.rename(),
+            57 => self.exchange(),
             58..62 => self.link(),
             62..72 => self.remove(),
             72..78 => self.xattr(),
@@ -317,6 +319,90 @@ impl Storm {
         self.changed(&[id]);
         self.versioned(id, None);
         Ok(format!("fallocate {mode:?} node {id} {at} {len}"))
+    }
+
+    /// Cuts blocks out of a file, or opens a hole.
+    fn shift(&mut self) -> FsResult<String> {
+        let Some(id) = self.any_file() else {
+            return self.make();
+        };
+        let block = u64::from(self.fs.geo.block_size);
+        let size = self.history.model.nodes[id].content.size;
+        let collapse = self.random.one_in(2);
+        let at = self.random.below(size / block + 1) * block;
+        let len = (1 + self.random.below(6)) * block;
+        let fits = at + if collapse { len } else { 0 } < size;
+        let mode = if collapse {
+            FallocMode::COLLAPSE_RANGE
+        } else {
+            FallocMode::INSERT_RANGE
+        };
+        let what = format!("fallocate {mode:?} node {id} {at} {len}");
+        let inode = self.fs.iget(self.ino(id))?;
+        match self.fs.fallocate(&inode, mode, at, len, &ME) {
+            Ok(()) => assert!(fits, "{what} was not refused"),
+            Err(FsError::NotSupported) if !self.fs.geo.has_extents() => {
+                return Ok(format!("= {what}"));
+            }
+            Err(FsError::Invalid) if !fits => return Ok(format!("= {what}: refused")),
+            Err(error) => return Err(error),
+        }
+        let content = &mut self.history.model.nodes[id].content;
+        content.shift(at, at + len, collapse);
+        self.changed(&[id]);
+        self.versioned(id, None);
+        // A later write in place could reach blocks whose move a power cut takes back.
+        fsync(&self.fs, self.ino(id), false)?;
+        self.promise(self.op, vec![(id, self.op)]);
+        Ok(what + ", fsync")
+    }
+
+    fn exchange(&mut self) -> FsResult<String> {
+        let (Some((dir, name, id)), Some((to, new_name, other))) =
+            (self.any_name(), self.any_name())
+        else {
+            return self.make();
+        };
+        let what =
+            format!("exchange node {id} {name:.12} in {dir} and {other} {new_name:.12} in {to}");
+        let (from_ino, to_ino) = (self.ino(dir), self.ino(to));
+        let res = self.fs.rename(
+            from_ino,
+            name.as_bytes(),
+            to_ino,
+            new_name.as_bytes(),
+            RenameFlags::EXCHANGE,
+            &ME,
+        );
+        let model = &self.history.model;
+        let (is_dir, other_is_dir) = (model.nodes[id].is_dir(), model.nodes[other].is_dir());
+        if id == other {
+            res?;
+            return Ok(format!("= {what}"));
+        }
+        let refused =
+            (is_dir && model.is_below(to, id)) || (other_is_dir && model.is_below(dir, other));
+        match (res, refused) {
+            (Ok(()), false) => {}
+            (Err(_), true) => return Ok(format!("= {what}: refused")),
+            (Err(error), false) => return Err(error),
+            (Ok(()), true) => panic!("{what} was not refused"),
+        }
+        let nodes = &mut self.history.model.nodes;
+        nodes[dir].entries_mut().insert(name, other);
+        nodes[to].entries_mut().insert(new_name, id);
+        for (moved, is_dir, old, new) in [(id, is_dir, dir, to), (other, other_is_dir, to, dir)] {
+            if is_dir {
+                nodes[old].links -= 1;
+                nodes[new].links += 1;
+            }
+            if let Kind::Dir { parent, .. } = &mut nodes[moved].kind {
+                *parent = new;
+            }
+        }
+        self.changed(&[dir, to, id, other]);
+        self.listed(&[dir, to]);
+        Ok(what)
     }
 
     fn rename(&mut self) -> FsResult<String> {
