@@ -1,10 +1,6 @@
 //! Power cuts in a storm of operations: what e2fsck and our own mount make of what is left must be a
 //! state that was there, as new as promised.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a test ends with a panic"
-)]
+#![expect(clippy::unwrap_used, reason = "a test ends with a panic")]
 
 mod storm;
 
