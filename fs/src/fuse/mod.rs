@@ -125,9 +125,11 @@ impl Server {
     /// # Errors
     /// Those of mount(2) or `fusermount3`, in its words.
     pub fn mount(fs: Arc<Fs>, config: &FuseConfig) -> io::Result<Self> {
-        let requests = requests::Requests::new(fs, config);
+        let requests = requests::Requests::new(fs, config)?;
+        let notify = requests.notify();
         let gate = requests.gate();
         let mut session = Session::new(requests, &config.mountpoint, &config.to_fuser())?;
+        notify.get_or_init(|| session.notifier());
         gate.set_connection(session.as_fd().try_clone_to_owned()?);
         let unmounter = Unmounter(Arc::new(Mutex::new(
             Rank::Mount,

@@ -4,15 +4,16 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
+use blockstack::workqueue::Workqueue;
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, Generation, INodeNo,
-    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags as FuseRenameFlags,
-    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
-    ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
-    WriteFlags,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, Notifier, OpenFlags,
+    RenameFlags as FuseRenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::FuseConfig;
@@ -40,11 +41,53 @@ const FS_IOC_SETVERSION: u32 = 0x4008_7602;
 const FS_IOC_FSGETXATTR: u32 = 0x801c_581f;
 const FS_IOC_FSSETXATTR: u32 = 0x401c_5820;
 
+/// A search for data or a hole.
+///
+/// The kernel asks without writing back first, so data may stand in its page cache where the disk
+/// has a hole. It is told to drop the file's pages, which writes the changed ones: these writes are
+/// requests that somebody else must answer meanwhile, so this is not done by a thread that reads
+/// requests.
+struct SeekJob {
+    node: INodeNo,
+    offset: u64,
+    what: Seek,
+    reply: ReplyLseek,
+}
+
+/// Set when the connection is there.
+type Notify = Arc<OnceLock<Notifier>>;
+
 /// What `fuser` calls.
 pub(super) struct Requests {
     fs: Arc<Fs>,
     gate: Arc<Gate>,
     read_only: bool,
+    notify: Notify,
+    seeks: Workqueue<SeekJob>,
+}
+
+fn seek(fs: &Arc<Fs>, notify: &Notify, job: SeekJob) {
+    let written = match notify.get() {
+        Some(notifier) => notifier.inval_inode(job.node, 0, 0),
+        None => Ok(()),
+    };
+    if let Err(error) = written {
+        // The kernel does not have the inode any more, so it has no pages of it either.
+        if error.kind() != io::ErrorKind::NotFound {
+            log::error!(
+                "node {}: the page cache cannot be written back: {error}",
+                job.node.0
+            );
+            return job.reply.error(Errno::EIO);
+        }
+    }
+    let found = fs
+        .iget(ino(job.node))
+        .and_then(|inode| fs.seek(&inode, job.offset, job.what));
+    match found {
+        Ok(at) => job.reply.offset(at as i64),
+        Err(error) => job.reply.error(code(error)),
+    }
 }
 
 /// A request being handled.
@@ -85,12 +128,21 @@ fn xattr_answer(reply: ReplyXattr, size: u32, result: FsResult<Vec<u8>>) {
 }
 
 impl Requests {
-    pub(super) fn new(fs: Arc<Fs>, config: &FuseConfig) -> Self {
-        Self {
+    pub(super) fn new(fs: Arc<Fs>, config: &FuseConfig) -> io::Result<Self> {
+        let notify = Notify::default();
+        let (to_fs, to_notify) = (fs.clone(), notify.clone());
+        let seeks = Workqueue::new("seek", 2, move |job| seek(&to_fs, &to_notify, job))?;
+        Ok(Self {
             fs,
             gate: Gate::new(config.loops),
             read_only: config.read_only,
-        }
+            notify,
+            seeks,
+        })
+    }
+
+    pub(super) fn notify(&self) -> Notify {
+        self.notify.clone()
     }
 
     pub(super) fn gate(&self) -> Arc<Gate> {
@@ -664,20 +716,20 @@ impl Filesystem for Requests {
         reply: ReplyLseek,
     ) {
         let _turn = self.turn();
-        let result = (|| {
-            let offset = u64::try_from(offset).or(Err(FsError::NoSuchAddress))?;
-            let what = match whence {
-                libc::SEEK_DATA => Seek::Data,
-                libc::SEEK_HOLE => Seek::Hole,
-                _ => return Err(FsError::Invalid),
-            };
-            let inode = self.fs.iget(ino(node))?;
-            self.fs.seek(&inode, offset, what)
-        })();
-        match result {
-            Ok(at) => reply.offset(at as i64),
-            Err(error) => reply.error(code(error)),
-        }
+        let what = match whence {
+            libc::SEEK_DATA => Seek::Data,
+            libc::SEEK_HOLE => Seek::Hole,
+            _ => return reply.error(Errno::EINVAL),
+        };
+        let Ok(offset) = u64::try_from(offset) else {
+            return reply.error(Errno::ENXIO);
+        };
+        self.seeks.queue(SeekJob {
+            node,
+            offset,
+            what,
+            reply,
+        });
     }
 
     fn copy_file_range(

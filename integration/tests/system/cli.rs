@@ -248,3 +248,20 @@ fn a_shell_session_works() {
     mount.unmount();
     image.assert_clean();
 }
+
+/// The kernel asks where data is without writing its page cache back: a copy that leaves holes out
+/// would have lost what had just been written.
+#[test]
+fn data_just_written_is_found_by_seek() {
+    need_fuse!("cli::data_just_written_is_found_by_seek");
+    let image = Image::new("-t ext4", "64M");
+    let mount = image.mount("");
+    let script = "
+        truncate -s 1M sparse
+        echo late | dd of=sparse bs=4096 seek=100 conv=notrunc status=none
+        cp --sparse=always sparse copy
+        cmp sparse copy && test \"$(tail -c +409601 copy | head -c 4)\" = late";
+    shell(&mount.dir, script);
+    mount.unmount();
+    image.assert_clean();
+}
