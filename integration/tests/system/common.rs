@@ -162,8 +162,18 @@ impl Image {
             rustix::process::getgid().as_raw()
         );
         let mut command = tool("mke2fs");
-        command.args(["-q", "-F", "-E"]).arg(owner);
-        command.args(options.split_whitespace());
+        command.args(["-q", "-F"]);
+        // Of several -E only the last would count.
+        match options.split_once("-E ") {
+            Some((words, extended)) => command
+                .args(words.split_whitespace())
+                .arg("-E")
+                .arg(format!("{owner},{extended}")),
+            None => command
+                .args(options.split_whitespace())
+                .arg("-E")
+                .arg(owner),
+        };
         if let Some(tree) = tree {
             command.arg("-d").arg(tree);
         }
