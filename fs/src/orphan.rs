@@ -4,6 +4,9 @@
 //! list (`s_last_orphan` in the superblock, then `i_dtime` of each inode) or, with the `orphan_file`
 //! feature, through the blocks of a hidden file.
 //!
+//! Without a journal neither is written, as the kernel's ext2 does: a list that is changed in place
+//! cannot be kept whole, while an inode with blocks and without a name is what e2fsck frees unasked.
+//!
 //! Format: Linux `Documentation/filesystems/ext4/orphan.rst`.
 
 use std::collections::HashMap;
@@ -32,7 +35,7 @@ const S_LAST_ORPHAN: usize = 0xe8;
 /// An inode's place among the orphans.
 #[derive(Debug, Default)]
 pub struct OrphanLink {
-    /// 0 not listed, 1 on the list, 2 in the file.
+    /// 0 not listed, 1 on the list, 2 in the file, 3 known in memory only.
     state: AtomicU8,
     /// On the list: the next inode. In the file: block and slot.
     place: AtomicU32,
@@ -141,6 +144,10 @@ impl Fs {
         if inode.orphan.is_listed() {
             return Ok(());
         }
+        if !self.journal.has_log() {
+            inode.orphan.set(3, 0);
+            return Ok(());
+        }
         let mut state = self.orphans.0.lock();
         if let Some(file) = &mut state.file {
             if let Some(slot) = file.free.pop() {
@@ -172,6 +179,10 @@ impl Fs {
     /// Buffers that cannot be read; an aborted journal.
     pub fn orphan_remove(&self, handle: &Handle, inode: &Inode) -> FsResult {
         if !inode.orphan.is_listed() {
+            return Ok(());
+        }
+        if inode.orphan.state.load(Ordering::Acquire) == 3 {
+            inode.orphan.set(0, 0);
             return Ok(());
         }
         let mut state = self.orphans.0.lock();

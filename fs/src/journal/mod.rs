@@ -424,6 +424,12 @@ impl Journal {
         self.shared.abort(why);
     }
 
+    /// Whether there is a log: what is committed then stands there whole or not at all.
+    #[must_use]
+    pub fn has_log(&self) -> bool {
+        matches!(self.shared.mode, Mode::Jbd2(_))
+    }
+
     /// Whether the journal was aborted.
     #[must_use]
     pub fn is_aborted(&self) -> bool {
