@@ -97,6 +97,12 @@ impl Fs {
             new_name,
         };
         let cross = old_parent != new_parent;
+        // A directory that stands in two places, or in none, is the one thing that e2fsck asks
+        // about. Without a log only a small commit keeps the time short in which a crash leaves it.
+        let by_itself = cross && !self.journal.has_log();
+        if by_itself {
+            self.journal.commit_all()?;
+        }
         let one_at_a_time = cross.then(|| self.rename_lock.lock());
         // Which of the two is above the other, and by which child of it: that child must not be
         // what is moved. Nobody else changes the way up meanwhile.
@@ -155,6 +161,9 @@ impl Fs {
         drop(one_at_a_time);
         if let Some(target) = target {
             self.put(target);
+        }
+        if by_itself {
+            self.journal.commit_wait(tid)?;
         }
         self.sync_change(tid)
     }

@@ -42,8 +42,16 @@ fn round(options: &str, seed: u64) {
     let copy = image.copy("copy");
     let repaired = output(tool("e2fsck").arg("-p").arg(&copy));
     let code = repaired.status.code();
+    // The one thing that no order of writes can spare an ext2: a directory that was on its way from
+    // one directory to another stands in both, and e2fsck asks which is meant.
+    let in_two_places =
+        options.contains("ext2") && text(&repaired).contains("is a link to directory");
+    if in_two_places {
+        eprintln!("{what}: a directory on its way stands in two places, repaired with -y");
+        output(tool("e2fsck").arg("-fy").arg(&copy));
+    }
     assert!(
-        matches!(code, Some(0 | 1)),
+        in_two_places || matches!(code, Some(0 | 1)),
         "{what}: e2fsck -p: {code:?}\n{}",
         text(&repaired)
     );
@@ -52,7 +60,8 @@ fn round(options: &str, seed: u64) {
 
     // ext2 has no journal: its repair is e2fsck's work, before the next mount.
     if options.contains("ext2") {
-        output(tool("e2fsck").arg("-p").arg(&image.path));
+        let answer = if in_two_places { "-fy" } else { "-p" };
+        output(tool("e2fsck").arg(answer).arg(&image.path));
     }
     let mount = image.mount("");
     let checked = output(
