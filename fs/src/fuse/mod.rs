@@ -9,6 +9,7 @@
 mod attrs;
 mod errno;
 mod gate;
+mod helper;
 mod requests;
 
 use std::io;
@@ -107,15 +108,42 @@ pub struct Server {
 
 /// Unmounts from another thread; clones do the same.
 #[derive(Clone)]
-pub struct Unmounter(Arc<Mutex<SessionUnmounter>>);
+pub struct Unmounter(Arc<Mutex<How>>);
+
+enum How {
+    Session(SessionUnmounter),
+    Helper(PathBuf),
+    Done,
+}
 
 impl Unmounter {
+    fn new(how: How) -> Self {
+        Self(Arc::new(Mutex::new(Rank::Mount, how)))
+    }
+
     /// Unmounts; nothing where it was done before.
     ///
     /// # Errors
     /// Those of umount(2) or `fusermount3`.
     pub fn unmount(&self) -> io::Result<()> {
-        self.0.lock().unmount()
+        let mut how = self.0.lock();
+        match &mut *how {
+            How::Session(session) => session.unmount(),
+            How::Helper(mountpoint) => {
+                helper::unmount(mountpoint)?;
+                *how = How::Done;
+                Ok(())
+            }
+            How::Done => Ok(()),
+        }
+    }
+
+    /// The mount is gone. What is mounted there from now on is somebody else's.
+    fn forget(&self) {
+        let mut how = self.0.lock();
+        if matches!(*how, How::Helper(_)) {
+            *how = How::Done;
+        }
     }
 }
 
@@ -128,13 +156,29 @@ impl Server {
         let requests = requests::Requests::new(fs, config)?;
         let notify = requests.notify();
         let gate = requests.gate();
-        let mut session = Session::new(requests, &config.mountpoint, &config.to_fuser())?;
+        let mut fuser_config = config.to_fuser();
+        let alone = fuser_config.acl == SessionACL::Owner;
+        let (session, how) = if alone && !rustix::process::geteuid().is_root() {
+            // See `helper`: fuser must not turn anybody away.
+            fuser_config.acl = SessionACL::All;
+            let connection = helper::mount(config)?;
+            let greeted = Session::from_fd(requests, connection, fuser_config.acl, fuser_config);
+            let mountpoint = config.mountpoint.clone();
+            match greeted {
+                Ok(session) => (session, How::Helper(mountpoint)),
+                Err(error) => {
+                    helper::unmount(&mountpoint)?;
+                    return Err(error);
+                }
+            }
+        } else {
+            let mut session = Session::new(requests, &config.mountpoint, &fuser_config)?;
+            let unmounter = session.unmount_callable();
+            (session, How::Session(unmounter))
+        };
         notify.get_or_init(|| session.notifier());
         gate.set_connection(session.as_fd().try_clone_to_owned()?);
-        let unmounter = Unmounter(Arc::new(Mutex::new(
-            Rank::Mount,
-            session.unmount_callable(),
-        )));
+        let unmounter = Unmounter::new(how);
         Ok(Self { session, unmounter })
     }
 
@@ -149,6 +193,12 @@ impl Server {
     /// # Errors
     /// Those of reading requests.
     pub fn run(self) -> io::Result<()> {
-        self.session.run()
+        let Self { session, unmounter } = self;
+        let ran = session.run();
+        if ran.is_err() {
+            unmounter.unmount()?;
+        }
+        unmounter.forget();
+        ran
     }
 }
