@@ -3,12 +3,12 @@
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use blockstack::DynDevice;
 use blockstack::sync::{Mutex, Rank};
 use blockstack::workqueue::Workqueue;
 use bufio::Client;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::alloc::Alloc;
 use crate::batch::Batch;
@@ -85,20 +85,16 @@ impl Core {
         }
     }
 
-    /// The time for an inode.
+    /// The time for an inode: the clock that the kernel takes for times of files, which moves a tick
+    /// at a time. Where the kernel keeps the time of a change itself (its writeback cache), it finds
+    /// ours the same within a tick and need not send another.
     #[must_use]
     pub fn now(&self) -> Timespec {
-        let now = match SystemTime::now().duration_since(UNIX_EPOCH) {
-            Ok(since) => Timespec {
-                sec: since.as_secs() as i64,
-                nsec: since.subsec_nanos(),
-            },
-            Err(before) => Timespec {
-                sec: -(before.duration().as_secs() as i64),
-                nsec: 0,
-            },
-        };
-        self.storable(now)
+        let now = clock_gettime(ClockId::RealtimeCoarse);
+        self.storable(Timespec {
+            sec: now.tv_sec,
+            nsec: u32::try_from(now.tv_nsec).unwrap_or(0),
+        })
     }
 
     /// What an inode of this file system can hold of a time: the smallest ones hold whole seconds.
