@@ -28,9 +28,9 @@
 //! | [`wait`] | bios that a thread waits for |
 //! | [`direct_io`] | mappings in, bios out |
 //! | [`workqueue`] | threads for what must not be done where it comes up |
+//! | [`sched`] | where and how urgently a thread runs |
 //! | [`device`] | the trait, limits, counters |
 //! | [`backend`] | the bottom of a stack |
-//!
 //!
 //! With the feature `test-utils`, `testing` holds devices that fail, lose power, or tell what they
 //! see.
@@ -48,6 +48,7 @@ pub mod device;
 pub mod direct_io;
 pub mod error;
 pub mod plug;
+pub mod sched;
 pub mod submit;
 pub mod sync;
 #[cfg(any(test, feature = "test-utils"))]

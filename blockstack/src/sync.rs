@@ -499,6 +499,15 @@ impl Condvar {
         self.0.wait(&mut guard.inner);
     }
 
+    /// As [`Self::wait_quietly`], at most for `timeout`; `false` where the time ran out.
+    pub fn wait_quietly_for<T: ?Sized>(
+        &self,
+        guard: &mut MutexGuard<'_, T>,
+        timeout: Duration,
+    ) -> bool {
+        !self.0.wait_for(&mut guard.inner, timeout).timed_out()
+    }
+
     /// As [`Self::wait`], at most for `timeout`; `false` where the time ran out.
     pub fn wait_for<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, timeout: Duration) -> bool {
         blocking(|| !self.0.wait_for(&mut guard.inner, timeout).timed_out())

@@ -6,6 +6,10 @@
 //! queueing allocates nothing after warm-up; `Box<dyn FnOnce() + Send>` will do where that does not
 //! matter.
 //!
+//! To wake a thread for each of many small items costs more than the items. A queue that
+//! [lingers](Workqueue::lingering) looks once more after a while before its threads sleep until they
+//! are woken, and does what came meanwhile together.
+//!
 //! # Locking
 //!
 //! One leaf lock a queue; items run without it, in a context that may wait for anything.
@@ -15,6 +19,7 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::sync::{Condvar, Mutex, Rank, assert_may_wait};
 
@@ -22,6 +27,8 @@ struct State<T> {
     items: VecDeque<T>,
     /// Threads that wait for items.
     idle: usize,
+    /// Threads that will look for items by themselves.
+    lingering: usize,
     /// Items being handled.
     running: usize,
     threads: Vec<JoinHandle<()>>,
@@ -31,6 +38,7 @@ struct State<T> {
 struct Inner<T> {
     name: String,
     max_active: usize,
+    linger: Option<Duration>,
     handle: Box<dyn Fn(T) + Send + Sync>,
     state: Mutex<State<T>>,
     work: Condvar,
@@ -52,15 +60,39 @@ impl<T: Send + 'static> Workqueue<T> {
         max_active: usize,
         handle: impl Fn(T) + Send + Sync + 'static,
     ) -> io::Result<Self> {
+        Self::make(name, max_active, None, handle)
+    }
+
+    /// As [`Self::new`], for many small items nobody waits for: they may wait for up to `linger`.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn lingering(
+        name: &str,
+        max_active: usize,
+        linger: Duration,
+        handle: impl Fn(T) + Send + Sync + 'static,
+    ) -> io::Result<Self> {
+        Self::make(name, max_active, Some(linger), handle)
+    }
+
+    fn make(
+        name: &str,
+        max_active: usize,
+        linger: Option<Duration>,
+        handle: impl Fn(T) + Send + Sync + 'static,
+    ) -> io::Result<Self> {
         let inner = Arc::new(Inner {
             name: name.to_owned(),
             max_active: max_active.max(1),
+            linger,
             handle: Box::new(handle),
             state: Mutex::new(
                 Rank::Pool,
                 State {
                     items: VecDeque::with_capacity(64),
                     idle: 0,
+                    lingering: 0,
                     running: 0,
                     threads: Vec::new(),
                     stop: false,
@@ -78,6 +110,9 @@ impl<T: Send + 'static> Workqueue<T> {
     pub fn queue(&self, item: T) {
         let mut state = self.inner.state.lock_nested();
         state.items.push_back(item);
+        if state.lingering > 0 {
+            return;
+        }
         if state.idle >= state.items.len() {
             drop(state);
             self.inner.work.notify_one();
@@ -117,15 +152,15 @@ impl<T: Send + 'static> Workqueue<T> {
 
 fn spawn<T: Send + 'static>(inner: &Arc<Inner<T>>) -> io::Result<JoinHandle<()>> {
     let inner = inner.clone();
-    std::thread::Builder::new()
-        .name(inner.name.clone())
-        .spawn(move || work(&inner))
+    crate::sched::spawn(inner.name.clone(), move || work(&inner))
 }
 
 fn work<T>(inner: &Inner<T>) {
     let mut state = inner.state.lock_nested();
+    let mut worked = false;
     loop {
         if let Some(item) = state.items.pop_front() {
+            worked = true;
             state.running += 1;
             drop(state);
             let run = std::panic::AssertUnwindSafe(|| (inner.handle)(item));
@@ -139,6 +174,11 @@ fn work<T>(inner: &Inner<T>) {
             }
         } else if state.stop {
             return;
+        } else if let Some(linger) = inner.linger.filter(|_| worked) {
+            worked = false;
+            state.lingering += 1;
+            inner.work.wait_for(&mut state, linger);
+            state.lingering -= 1;
         } else {
             state.idle += 1;
             inner.work.wait(&mut state);

@@ -403,14 +403,18 @@ impl Fs {
         };
         let mut prepared =
             self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller);
-        if prepared.as_ref().err() == Some(&FsError::NoSpace) && self.alloc.pending_blocks() > 0 {
-            // Blocks that were freed come back with the commit. The claim keeps others away.
+        if prepared.as_ref().err() == Some(&FsError::NoSpace) {
+            // The claim keeps others away meanwhile.
             drop(data);
-            let committed = self.journal.commit_all();
+            let gained = self.reclaim();
             data = inode.data.write();
-            prepared = committed.and_then(|()| {
-                self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller)
-            });
+            prepared = match gained {
+                Ok(true) => {
+                    self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller)
+                }
+                Ok(false) => Err(FsError::NoSpace),
+                Err(error) => Err(error),
+            };
         }
         let (plan, buf, end) = match prepared {
             Ok(prepared) => prepared,

@@ -136,6 +136,9 @@ fn overhead(geo: &Geometry) -> u64 {
     u64::from(geo.first_data_block) + supers * (1 + gdt) + tables
 }
 
+/// How long what has no name and no user may wait for others to be deleted with.
+const EVICTIONS_WAIT: Duration = Duration::from_millis(1);
+
 impl Fs {
     /// Mounts the file system on `dev`.
     ///
@@ -273,7 +276,7 @@ impl Fs {
         };
         journal.set_commit_hooks(alloc.clone());
         let evictions = |weak: Weak<Self>| {
-            Workqueue::new("evict", 1, move |inode: Arc<Inode>| {
+            Workqueue::lingering("evict", 1, EVICTIONS_WAIT, move |inode: Arc<Inode>| {
                 if let Some(fs) = weak.upgrade() {
                     fs.evict(inode);
                 }
@@ -321,14 +324,6 @@ impl Fs {
         self.inodes.drop_unused(ino);
     }
 
-    /// The time in seconds, as `time` of the C library tells it: from a clock that is behind by up
-    /// to a tick. A superblock from the next second already is one "from the future" to e2fsck.
-    fn coarse_seconds(&self) -> i64 {
-        let now = self.now();
-        let tick_over = now.nsec < 10_000_000;
-        now.sec - i64::from(tick_over)
-    }
-
     /// Changes the superblock on disk at once, outside of any transaction.
     fn change_superblock(&self, change: impl FnOnce(&mut RawSuperblock)) -> FsResult {
         let (block, offset) = self.geo.superblock_at();
@@ -338,7 +333,7 @@ impl Fs {
             match RawSuperblock::mut_from_bytes(&mut data[offset..offset + SUPERBLOCK_SIZE]) {
                 Ok(raw) => {
                     change(raw);
-                    let now = self.coarse_seconds();
+                    let now = self.now().sec;
                     raw.s_wtime.set(now as u32);
                     raw.s_wtime_hi = (now >> 32) as u8;
                     raw.seal();
@@ -352,7 +347,7 @@ impl Fs {
     }
 
     fn mark_mounted(&self, has_log: bool) -> FsResult {
-        let now = self.coarse_seconds();
+        let now = self.now().sec;
         self.change_superblock(|raw| {
             raw.s_state.set(raw.s_state.get() & !STATE_VALID);
             raw.s_mnt_count.set(raw.s_mnt_count.get().wrapping_add(1));

@@ -1,0 +1,141 @@
+//! Where and how urgently a thread runs.
+//!
+//! A thread can be bound to one processor, and can be made to run only where nobody else wants to
+//! ([`lower`], `SCHED_IDLE`). The kernel gives both to the threads that such a thread starts. So
+//! threads that may be started by one are started by [`spawn`], which lets another do it.
+
+use std::cell::Cell;
+use std::io;
+use std::sync::OnceLock;
+use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
+use std::thread::{Builder, JoinHandle};
+
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use thread_priority::{
+    NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy,
+    set_thread_priority_and_policy, thread_native_id,
+};
+
+struct Start {
+    name: String,
+    body: Box<dyn FnOnce() + Send>,
+    started: SyncSender<io::Result<JoinHandle<()>>>,
+}
+
+/// Leads to a thread that is neither bound nor lowered, once one was.
+static PLAIN: OnceLock<Sender<Start>> = OnceLock::new();
+
+thread_local! {
+    static LOWERED: Cell<bool> = const { Cell::new(false) };
+    static BOUND: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// How many processors the calling thread may use; 1 where that cannot be told.
+#[must_use]
+pub fn processors() -> u32 {
+    sched_getaffinity(None).map_or(1, |set| set.count())
+}
+
+/// Makes the calling thread one that runs only where no other thread wants to, for ever: without
+/// privileges the kernel lets nobody come back.
+///
+/// # Errors
+/// Those of sched_setscheduler(2), and of starting a thread.
+pub fn lower() -> io::Result<()> {
+    if PLAIN.get().is_none() {
+        let (sender, starts) = channel::<Start>();
+        Builder::new().name("starter".into()).spawn(move || {
+            for Start {
+                name,
+                body,
+                started,
+            } in starts
+            {
+                // Whoever asked waits.
+                let lost = started.send(Builder::new().name(name).spawn(body));
+                debug_assert!(lost.is_ok());
+            }
+        })?;
+        PLAIN.get_or_init(|| sender);
+    }
+    let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
+    set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, idle)
+        .map_err(|error| io::Error::other(format!("{error:?}")))?;
+    LOWERED.set(true);
+    Ok(())
+}
+
+/// Binds the calling thread, which must have been [lowered](lower), to processor `cpu`, and says
+/// whether it is bound to it now: not where the process may not use that processor.
+pub fn bind(cpu: usize) -> bool {
+    if BOUND.get() == Some(cpu) {
+        return true;
+    }
+    if cpu >= CpuSet::MAX_CPU || !LOWERED.get() {
+        return false;
+    }
+    let mut one = CpuSet::new();
+    one.set(cpu);
+    let bound = sched_setaffinity(None, &one).is_ok();
+    if bound {
+        BOUND.set(Some(cpu));
+    }
+    bound
+}
+
+/// Starts a thread that is neither bound nor lowered, whoever calls.
+///
+/// # Errors
+/// Those of starting a thread.
+pub fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    match PLAIN.get() {
+        Some(plain) if LOWERED.get() => {
+            let (started, answer) = sync_channel(1);
+            let start = Start {
+                name,
+                body: Box::new(body),
+                started,
+            };
+            let gone = |_| io::Error::other("the thread that starts others is gone");
+            plain.send(start).map_err(|lost| gone(lost.to_string()))?;
+            answer.recv().map_err(|lost| gone(lost.to_string()))?
+        }
+        _ => Builder::new().name(name).spawn(body),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::thread::{sched_getaffinity, sched_getcpu};
+
+    use super::{bind, lower, spawn};
+
+    /// `SCHED_IDLE` in field 41 of `/proc/thread-self/stat`.
+    fn is_idle() -> bool {
+        let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+        let fields = stat.rsplit(')').next().unwrap();
+        fields.split_whitespace().nth(41 - 3) == Some("5")
+    }
+
+    #[test]
+    fn threads_of_a_lowered_one_run_as_others_do() {
+        let all = sched_getaffinity(None).unwrap();
+        assert!(!bind(sched_getcpu()), "only a lowered thread");
+        std::thread::spawn(move || {
+            lower().unwrap();
+            assert!(bind(sched_getcpu()));
+            assert!(is_idle());
+            assert_eq!(sched_getaffinity(None).unwrap().count(), 1);
+            let (tell, told) = std::sync::mpsc::channel();
+            let child = spawn("child".into(), move || {
+                tell.send((is_idle(), sched_getaffinity(None).unwrap()))
+                    .unwrap();
+            });
+            assert_eq!(told.recv().unwrap(), (false, all));
+            child.unwrap().join().unwrap();
+        })
+        .join()
+        .unwrap();
+        assert!(!is_idle());
+    }
+}
