@@ -137,7 +137,7 @@ impl Drop for Unmount {
 
 impl Mounted {
     fn inode(&self, ino: u32) -> Arc<Inode> {
-        Inode::new(&self.fs.geo, ino, self.fs.read_inode(ino).unwrap())
+        Inode::new(self.fs.geo.csum_seed, ino, self.fs.read_inode(ino).unwrap())
     }
 
     fn lookup(&self, dir: u32, name: &str) -> Option<u32> {
@@ -195,7 +195,7 @@ impl Mounted {
             data.flags |= InodeFlags::EXTENTS;
             data.block[..6].copy_from_slice(&[0x0a, 0xf3, 0, 0, 4, 0]);
         }
-        let inode = Inode::new(&fs.geo, ino, data);
+        let inode = Inode::new(fs.geo.csum_seed, ino, data);
         let mut data = inode.data.write();
         if directory {
             dir::init(fs, &handle, &inode, &mut data, parent).unwrap();

@@ -157,7 +157,7 @@ impl Script {
                     .setxattr(attr.ino, b"user.x", Some(b"y"), XattrMode::Any);
                 self.note("setxattr", res);
                 if attr.size % 2 == 0 {
-                    let res = self.fs.unlink(dir, &name);
+                    let res = self.fs.unlink(dir, &name, &ME);
                     self.note("unlink", res);
                 } else {
                     self.resize(attr.ino, attr.size / 2);
@@ -181,7 +181,7 @@ impl Script {
         // Deletion at the last close, and reading what is not in memory.
         if let Some(ino) = self.create(ROOT, "/gone", FILE) {
             self.write(ino, 0, &pattern(9, 30_000), DIRECT);
-            let res = self.fs.unlink(ROOT, b"gone");
+            let res = self.fs.unlink(ROOT, b"gone", &ME);
             if self.note("unlink", res).is_some() {
                 self.fs.forget(ino, 1);
                 self.sync(&[("/gone", State::Absent)]);
@@ -221,12 +221,12 @@ impl Script {
         self.promised.remove("/over");
         let res = self.fs.link(ino, dir, b"link");
         self.note("link", res)?;
-        let res = self.fs.unlink(ROOT, b"over");
+        let res = self.fs.unlink(ROOT, b"over", &ME);
         self.note("unlink", res)?;
         let target = vec![b't'; 200];
         self.create(dir, "/sub/symlink", NewNode::Symlink { target: &target })?;
         self.create(ROOT, "/empty", DIR)?;
-        let res = self.fs.rmdir(ROOT, b"empty");
+        let res = self.fs.rmdir(ROOT, b"empty", &ME);
         self.note("rmdir", res)?;
         self.sync(&[
             ("/sub/link", State::File(bytes)),
@@ -531,7 +531,7 @@ fn an_abort_while_files_without_a_name_are_open_needs_no_questions() {
     for name in [b"one", b"two"] {
         let ino = fs.create(ROOT, name, FILE, 0, &ME).unwrap().ino;
         write(&fs, ino, 0, &[1; 5000], DIRECT).unwrap();
-        fs.unlink(ROOT, name).unwrap();
+        fs.unlink(ROOT, name, &ME).unwrap();
     }
     fs.sync().unwrap();
     faults.add(Rule::nth(0).of(Kinds::WRITE));

@@ -132,7 +132,7 @@ impl File {
             data.block = [0; 60];
         }
         Self {
-            inode: Inode::new(&fs.geo, ino, data),
+            inode: Inode::new(fs.geo.csum_seed, ino, data),
             model: BTreeMap::new(),
         }
     }
@@ -427,7 +427,7 @@ fn files_of_others_are_read() {
         let mut image = Image::new(kind, "24M", &write);
         let fs = image.mount();
         let data = fs.read_inode(FIRST_FILE).unwrap();
-        let inode = Inode::new(&fs.geo, FIRST_FILE, data);
+        let inode = Inode::new(fs.geo.csum_seed, FIRST_FILE, data);
         let data = inode.data.read();
         assert_eq!(data.size, content.len() as u64);
         let bytes = image.disk.as_ref().unwrap().snapshot();
@@ -528,7 +528,7 @@ fn inodes_come_and_go() {
                     ..InodeData::default()
                 };
                 map::init(&fs.geo, &mut data);
-                let inode = Inode::new(&fs.geo, ino, data);
+                let inode = Inode::new(fs.geo.csum_seed, ino, data);
                 let data = inode.data.read().clone();
                 fs.write_inode(&h, &inode, &data).unwrap();
                 h.stop().unwrap();
@@ -620,7 +620,7 @@ fn an_inode_table_of_garbage_shows_no_old_inodes() {
             ..InodeData::default()
         };
         map::init(&fs.geo, &mut data);
-        let inode = Inode::new(&fs.geo, ino, data);
+        let inode = Inode::new(fs.geo.csum_seed, ino, data);
         let data = inode.data.read().clone();
         fs.write_inode(&h, &inode, &data).unwrap();
         h.stop().unwrap();
@@ -781,7 +781,7 @@ fn damaged_images_give_errors() {
                 let Ok(data) = fs.read_inode(FIRST_FILE + i) else {
                     continue;
                 };
-                let inode = Inode::new(&fs.geo, FIRST_FILE + i, data);
+                let inode = Inode::new(fs.geo.csum_seed, FIRST_FILE + i, data);
                 let mut data = inode.data.write();
                 for _ in 0..40 {
                     let mut h = fs.journal.start(200).unwrap();
@@ -835,7 +835,11 @@ fn a_trim_touches_free_blocks_only() {
         MountOptions::default(),
     );
     let fs = fs.unwrap();
-    let inode = Inode::new(&fs.geo, FIRST_FILE, fs.read_inode(FIRST_FILE).unwrap());
+    let inode = Inode::new(
+        fs.geo.csum_seed,
+        FIRST_FILE,
+        fs.read_inode(FIRST_FILE).unwrap(),
+    );
     let data = inode.data.read().clone();
     let mut marked: Vec<u64> = (0..1000)
         .map(|lblk| map::lookup(&fs, &inode, &data, lblk, 1).unwrap().pblk)
@@ -862,7 +866,11 @@ fn a_trim_touches_free_blocks_only() {
         .filter(|(a, b)| a != b)
         .count();
     assert!(changed > 0 && changed as u64 <= free, "{changed} of {free}");
-    let inode = Inode::new(&fs.geo, FIRST_FILE, fs.read_inode(FIRST_FILE).unwrap());
+    let inode = Inode::new(
+        fs.geo.csum_seed,
+        FIRST_FILE,
+        fs.read_inode(FIRST_FILE).unwrap(),
+    );
     let data = inode.data.read();
     for lblk in 0..1000 {
         let m = map::lookup(&fs, &inode, &data, lblk, 1).unwrap();

@@ -20,6 +20,7 @@ const ROOT: u32 = 2;
 const ME: Caller = Caller {
     uid: 0,
     gid: 0,
+    thread: 0,
     keeps_times: false,
 };
 const FILE: NewNode<'static> = NewNode::Node {
@@ -182,9 +183,9 @@ fn names_come_and_go() {
             .unwrap();
         for i in 0..400 {
             let name = format!("a-rather-long-name-{i}");
-            fs.unlink(dir.ino, name.as_bytes()).unwrap();
+            fs.unlink(dir.ino, name.as_bytes(), &ME).unwrap();
         }
-        assert_eq!(fs.rmdir(ROOT, b"dir"), Err(FsError::NotEmpty));
+        assert_eq!(fs.rmdir(ROOT, b"dir", &ME), Err(FsError::NotEmpty));
         assert!(fs.lookup(ROOT, b"link-4").unwrap().is_none());
         assert!(fs.lookup(ROOT, b"link-5").unwrap().is_some());
     });
@@ -195,7 +196,7 @@ fn an_unlinked_file_lives_until_it_is_forgotten() {
     on_all(|fs| {
         let file = fs.create(ROOT, b"file", FILE, 0, &ME).unwrap();
         write(fs, file.ino, 0, &[7; 100_000], Origin::PageCache).unwrap();
-        fs.unlink(ROOT, b"file").unwrap();
+        fs.unlink(ROOT, b"file", &ME).unwrap();
         assert_eq!(read(fs, file.ino, 0, 10), [7; 10]);
         fs.forget(file.ino, 1);
     });
@@ -206,7 +207,7 @@ fn an_unlinked_file_that_was_truncated_is_still_deleted() {
     on_all(|fs| {
         let file = fs.create(ROOT, b"file", FILE, 0, &ME).unwrap();
         write(fs, file.ino, 0, &[7; 100_000], Origin::PageCache).unwrap();
-        fs.unlink(ROOT, b"file").unwrap();
+        fs.unlink(ROOT, b"file", &ME).unwrap();
         let shorter = SetAttr {
             size: Some(5000),
             ..SetAttr::default()

@@ -282,7 +282,7 @@ fn a_file_that_is_truncated_after_it_was_unlinked_is_deleted_at_the_last_close()
     let free = fs.statfs().ffree;
     let file = fs.create(ROOT, b"file", FILE, 0, &ME).unwrap();
     write(&fs, file.ino, 0, &[7; 50_000], DIRECT).unwrap();
-    fs.unlink(ROOT, b"file").unwrap();
+    fs.unlink(ROOT, b"file", &ME).unwrap();
     let size = Some(5000);
     fs.setattr(
         file.ino,

@@ -18,17 +18,41 @@
 //! most requests. While they come quickly one after the other, the reader therefore looks for the
 //! next one for some microseconds before it goes to sleep. While they do not, it does not.
 //!
+//! # The companion
+//!
+//! While a single client sends one request after the other, one special thread reads: see
+//! [`super::follow`] for why. It never waits in the kernel's `read`, only in `poll`, for a
+//! millisecond at most. What it must not do is hold up requests where it gets no processor. So the
+//! turn goes back to an ordinary reader when
+//!
+//! - the next request comes from somebody else, or does not come soon, or much data comes;
+//! - the companion has to wait for anything;
+//! - the thread that gave it the turn, and looks every [`WATCH`], sees that it did not get on since
+//!   it looked last. Then no companion reads for a while.
+//!
+//! ```text
+//! A: getattr -> answered, gives the turn ---- watches ---- watches: no progress -> read -> ...
+//! C: ........................-> read -> lookup -> (preempted by a compiler) ... answered -> stands by
+//! ```
+//!
+//! At most one request is late then, by [`WATCH`] and what the scheduler takes to give the companion
+//! the rest of it.
+//!
 //! When the mount ends, reading fails for the thread that reads; its end wakes all others.
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use blockstack::sync::{Condvar, Mutex, Rank, WaitHook, set_wait_hook};
+use blockstack::sched;
+use blockstack::sync::{Condvar, Mutex, MutexGuard, Rank, WaitHook, set_wait_hook};
+
+use super::follow::Follow;
 
 /// How long a reader looks for the next request, and how soon one must come to be looked for.
 const LOOK: Duration = Duration::from_micros(50);
@@ -37,34 +61,82 @@ const SOON: u32 = 3;
 /// Most of them that count, so that a pause is noticed soon.
 const SOON_MAX: u32 = 8;
 
+/// How often it is looked whether the companion gets on.
+const WATCH: Duration = Duration::from_millis(4);
+/// How long no companion reads after one that did not get on: twice as long each time in a row.
+const LEFT_ALONE: Duration = Duration::from_millis(32);
+const LEFT_ALONE_MAX: Duration = Duration::from_secs(2);
+/// How long the companion waits for the next request.
+const COMPANION_WAIT: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 1_000_000,
+};
+
 struct State {
-    /// Threads that read or work, neither waiting nor standing by.
+    /// Threads that read or work, neither waiting nor standing by. With the companion, while it has
+    /// the turn.
     active: usize,
     standing_by: usize,
+    /// Threads that had a request. The others may still be in the kernel's `read`.
+    seen: usize,
+    companion: Companion,
+    /// Until when no companion reads, and how long that was made.
+    left_alone: Option<(Instant, Duration)>,
     closing: bool,
+}
+
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Companion {
+    /// There cannot be one: a single processor, several loops, or the system refused.
+    Never,
+    /// No thread became it yet.
+    None,
+    StandsBy,
+    /// It reads.
+    HasTurn,
 }
 
 /// See the module's documentation.
 pub(super) struct Gate {
     loops: usize,
+    threads: usize,
     state: Mutex<State>,
     wake: Condvar,
+    wake_companion: Condvar,
     /// The connection, once it is there.
     connection: OnceLock<OwnedFd>,
+    follow: Follow,
+    /// Requests begun, and whether the companion waits for one: what the watching thread sees.
+    begun: AtomicU64,
+    polls: AtomicBool,
 }
 
 impl Gate {
-    pub(super) fn new(loops: usize) -> Arc<Self> {
+    /// `loops` of `threads` read at a time.
+    pub(super) fn new(loops: usize, threads: usize) -> Arc<Self> {
+        let companion = if loops == 1 && sched::processors() > 1 {
+            Companion::None
+        } else {
+            Companion::Never
+        };
         let state = State {
             active: 0,
             standing_by: 0,
+            seen: 0,
+            companion,
+            left_alone: None,
             closing: false,
         };
         Arc::new(Self {
             loops: loops.max(1),
+            threads,
             state: Mutex::new(Rank::Pool, state),
             wake: Condvar::new(),
+            wake_companion: Condvar::new(),
             connection: OnceLock::new(),
+            follow: Follow::default(),
+            begun: AtomicU64::new(0),
+            polls: AtomicBool::new(false),
         })
     }
 
@@ -74,11 +146,19 @@ impl Gate {
         self.connection.get_or_init(|| connection);
     }
 
-    /// To be called at the start of each request.
-    pub(super) fn enter(self: &Arc<Self>) {
-        if let Some(left) = LEFT.take() {
+    /// To be called at the start of each request, with the thread that sent it, or 0, and the bytes
+    /// of data it carries.
+    pub(super) fn enter(self: &Arc<Self>, pid: u32, len: usize) {
+        let gap = LEFT.take().map(|left| left.elapsed());
+        self.begun.fetch_add(1, Ordering::Relaxed);
+        let mut suits = self.follow.note(pid, len, gap);
+        if suits && COMPANION.get() {
+            suits = self.follow.go(gap);
+        }
+        SUITS.set(suits);
+        if let Some(gap) = gap {
             let count = SOON_COUNT.get();
-            SOON_COUNT.set(if left.elapsed() < LOOK {
+            SOON_COUNT.set(if gap < LOOK {
                 (count + 1).min(SOON_MAX)
             } else {
                 count.saturating_sub(1)
@@ -86,7 +166,9 @@ impl Gate {
         }
         READER.with_borrow_mut(|reader| {
             if reader.is_none() {
-                self.state.lock_nested().active += 1;
+                let mut state = self.state.lock_nested();
+                state.active += 1;
+                state.seen += 1;
                 set_wait_hook(Some(Rc::new(Hook(self.clone()))));
                 *reader = Some(Reader(self.clone()));
             }
@@ -95,7 +177,14 @@ impl Gate {
 
     /// To be called at the end of each request: stands by while enough others read.
     pub(super) fn leave(&self) {
+        if COMPANION.get() {
+            self.leave_companion();
+            return;
+        }
         self.stand_by();
+        if COMPANION.get() {
+            return;
+        }
         let Some(connection) = self.connection.get() else {
             return;
         };
@@ -112,21 +201,139 @@ impl Gate {
 
     fn stand_by(&self) {
         let mut state = self.state.lock_nested();
-        if state.active <= self.loops || state.closing {
+        if state.closing {
             return;
         }
-        state.active -= 1;
+        let gives_turn = SUITS.get() && self.may_give_turn(&state);
+        if gives_turn {
+            // The companion counts as active in the place of this thread.
+            state.companion = Companion::HasTurn;
+            self.wake_companion.notify_one();
+        } else if state.active <= self.loops {
+            return;
+        } else {
+            state.active -= 1;
+            if state.companion == Companion::None && state.seen == self.threads {
+                state.companion = Companion::StandsBy;
+                self.become_companion(state);
+                return;
+            }
+        }
         state.standing_by += 1;
+        let mut begun = self.begun.load(Ordering::Relaxed);
+        let mut watches = gives_turn;
         while state.active >= self.loops && !state.closing {
             // Not through `sync::blocking`: the thread counts as standing by, not as waiting.
-            self.wake.wait_quietly(&mut state);
+            if !watches {
+                self.wake.wait_quietly(&mut state);
+                continue;
+            }
+            let woken = self.wake.wait_quietly_for(&mut state, WATCH);
+            watches = state.companion == Companion::HasTurn;
+            if woken || !watches {
+                continue;
+            }
+            let before = begun;
+            begun = self.begun.load(Ordering::Relaxed);
+            let idle = self.polls.load(Ordering::Relaxed) && !self.has_request();
+            if begun == before && !idle {
+                state.companion = Companion::StandsBy;
+                state.active -= 1;
+                let before = state.left_alone.map_or(Duration::ZERO, |(_, long)| long);
+                let long = (before * 2).clamp(LEFT_ALONE, LEFT_ALONE_MAX);
+                state.left_alone = Some((Instant::now() + long, long));
+            }
         }
         state.standing_by -= 1;
         state.active += 1;
     }
 
+    fn may_give_turn(&self, state: &State) -> bool {
+        state.companion == Companion::StandsBy
+            && state.active == self.loops
+            && state
+                .left_alone
+                .is_none_or(|(until, _)| Instant::now() >= until)
+    }
+
+    fn has_request(&self) -> bool {
+        let Some(connection) = self.connection.get() else {
+            return true;
+        };
+        let mut fds = [PollFd::new(connection, PollFlags::IN)];
+        !matches!(poll(&mut fds, Some(&NOW)), Ok(0))
+    }
+
+    /// Stands by as the companion until it has the turn.
+    fn become_companion(&self, state: MutexGuard<'_, State>) {
+        drop(state);
+        if let Err(error) = sched::lower() {
+            log::debug!("no thread of low urgency: {error}");
+            let mut state = self.state.lock_nested();
+            state.companion = Companion::Never;
+            state.active += 1;
+            drop(state);
+            self.stand_by();
+            return;
+        }
+        COMPANION.set(true);
+        self.companion_stands_by(self.state.lock_nested());
+    }
+
+    fn companion_stands_by(&self, mut state: MutexGuard<'_, State>) {
+        while state.companion != Companion::HasTurn && !state.closing {
+            self.wake_companion.wait_quietly(&mut state);
+        }
+        LEFT.set(Some(Instant::now()));
+    }
+
+    /// The end of a request of the companion.
+    fn leave_companion(&self) {
+        if SUITS.get() {
+            LEFT.set(Some(Instant::now()));
+            self.polls.store(true, Ordering::Relaxed);
+            let ready = match self.connection.get() {
+                Some(connection) => {
+                    let mut fds = [PollFd::new(connection, PollFlags::IN)];
+                    // An error is seen by the read that follows.
+                    !matches!(poll(&mut fds, Some(&COMPANION_WAIT)), Ok(0))
+                }
+                None => false,
+            };
+            self.polls.store(false, Ordering::Relaxed);
+            if ready {
+                let state = self.state.lock_nested();
+                if state.companion == Companion::HasTurn || state.closing {
+                    return;
+                }
+            }
+        }
+        let mut state = self.state.lock_nested();
+        if state.companion == Companion::HasTurn {
+            self.take_turn_back(&mut state);
+        }
+        self.companion_stands_by(state);
+    }
+
+    /// For the companion, which has the turn.
+    fn take_turn_back(&self, state: &mut State) {
+        state.companion = Companion::StandsBy;
+        state.left_alone = None;
+        state.active -= 1;
+        if state.active < self.loops && state.standing_by > 0 {
+            self.wake.notify_one();
+        }
+    }
+
     fn begin_wait(&self) {
         let mut state = self.state.lock_nested();
+        if COMPANION.get() {
+            // What is left of its request is not counted.
+            if state.companion == Companion::HasTurn {
+                self.take_turn_back(&mut state);
+            }
+            return;
+        }
         state.active -= 1;
         let wake = state.active < self.loops && state.standing_by > 0;
         drop(state);
@@ -136,12 +343,15 @@ impl Gate {
     }
 
     fn end_wait(&self) {
-        self.state.lock_nested().active += 1;
+        if !COMPANION.get() {
+            self.state.lock_nested().active += 1;
+        }
     }
 
     fn close(&self) {
         self.state.lock_nested().closing = true;
         self.wake.notify_all();
+        self.wake_companion.notify_all();
     }
 }
 
@@ -176,24 +386,32 @@ thread_local! {
     static LEFT: Cell<Option<Instant>> = const { Cell::new(None) };
     /// How many of its last requests came soon after the one before.
     static SOON_COUNT: Cell<u32> = const { Cell::new(0) };
+    /// Whether its last request was of a kind that a companion should read.
+    static SUITS: Cell<bool> = const { Cell::new(false) };
+    /// Whether it is the companion.
+    static COMPANION: Cell<bool> = const { Cell::new(false) };
     static READER: RefCell<Option<Reader>> = const { RefCell::new(None) };
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::time::Duration;
+    use std::sync::mpsc::channel;
+    use std::time::{Duration, Instant};
 
+    use blockstack::sched;
     use blockstack::sync::blocking;
 
-    use super::Gate;
+    use super::{COMPANION, Gate};
 
     /// Threads take numbers from a counter as readers take requests; request 0 waits until the
     /// others are done, which only a thread that takes over can do.
     #[test]
     fn a_waiting_request_does_not_hold_up_others() {
-        let gate = Gate::new(1);
+        let gate = Gate::new(1, 3);
         let (next, done) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let threads: Vec<_> = (0..3)
             .map(|_| {
@@ -204,7 +422,7 @@ mod tests {
                         if request >= 100 {
                             return;
                         }
-                        gate.enter();
+                        gate.enter(0, 0);
                         if request == 0 {
                             blocking(|| {
                                 while done.load(Ordering::SeqCst) < 99 {
@@ -223,5 +441,67 @@ mod tests {
             .into_iter()
             .for_each(|thread| thread.join().unwrap());
         assert_eq!(done.load(Ordering::SeqCst), 99);
+    }
+
+    /// Reads requests of one byte each, as many threads do from `/dev/fuse`.
+    fn serve(gate: Arc<Gate>, mut pipe: File, handle: impl Fn(u8)) {
+        let mut byte = [0];
+        while pipe.read(&mut byte).is_ok_and(|read| read == 1) {
+            gate.enter(std::process::id(), 0);
+            handle(byte[0]);
+            gate.leave();
+        }
+    }
+
+    /// The request behind one that the companion does not get on with is answered by another
+    /// thread, without a word from the companion.
+    #[test]
+    fn requests_do_not_wait_for_a_companion_without_a_processor() {
+        if sched::processors() < 2 {
+            println!("SKIPPED: one processor only");
+            return;
+        }
+        let (pipe, requests) = rustix::pipe::pipe().unwrap();
+        let (pipe, mut requests) = (File::from(pipe), File::from(requests));
+        let gate = Gate::new(1, 3);
+        gate.set_connection(pipe.try_clone().unwrap().into());
+        let (answer, answers) = channel();
+        let done = Arc::new(AtomicUsize::new(0));
+        let threads: Vec<_> = (0..3)
+            .map(|_| {
+                let (gate, pipe) = (gate.clone(), pipe.try_clone().unwrap());
+                let (answer, done) = (answer.clone(), done.clone());
+                std::thread::spawn(move || {
+                    serve(gate, pipe, |request| {
+                        let stuck = request == 1 && COMPANION.get();
+                        answer.send((request, stuck)).unwrap();
+                        // As if somebody else had the processor: nobody is told of this wait.
+                        while stuck && done.load(Ordering::SeqCst) == 0 {
+                            std::thread::sleep(Duration::from_millis(1));
+                        }
+                    });
+                })
+            })
+            .collect();
+        drop(pipe);
+        let begin = Instant::now();
+        let mut tried = false;
+        while !tried && begin.elapsed() < Duration::from_secs(60) {
+            for _ in 0..200 {
+                requests.write_all(&[0]).unwrap();
+                answers.recv().unwrap();
+            }
+            requests.write_all(&[1]).unwrap();
+            tried = answers.recv().unwrap().1;
+        }
+        assert!(tried, "no companion was given the turn");
+        requests.write_all(&[2]).unwrap();
+        let next = answers.recv_timeout(Duration::from_secs(60));
+        done.store(1, Ordering::SeqCst);
+        assert_eq!(next, Ok((2, false)));
+        drop(requests);
+        for thread in threads {
+            thread.join().unwrap();
+        }
     }
 }

@@ -8,6 +8,7 @@
 
 mod attrs;
 mod errno;
+mod follow;
 mod gate;
 mod helper;
 mod requests;
@@ -95,8 +96,13 @@ impl FuseConfig {
             (false, true) => SessionACL::RootAndOwner,
             (false, false) => SessionACL::Owner,
         };
-        config.n_threads = Some(self.threads.max(self.loops + 1));
+        config.n_threads = Some(self.threads());
         config
+    }
+
+    /// Threads in all, one at least beside those that read.
+    fn threads(&self) -> usize {
+        self.threads.max(self.loops + 1)
     }
 }
 

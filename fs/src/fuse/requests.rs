@@ -107,6 +107,7 @@ fn caller(request: &Request) -> Caller {
     Caller {
         uid: request.uid(),
         gid: request.gid(),
+        thread: request.pid(),
         keeps_times: true,
     }
 }
@@ -134,7 +135,7 @@ impl Requests {
         let seeks = Workqueue::new("seek", 2, move |job| seek(&to_fs, &to_notify, job))?;
         Ok(Self {
             fs,
-            gate: Gate::new(config.loops),
+            gate: Gate::new(config.loops, config.threads()),
             read_only: config.read_only,
             notify,
             seeks,
@@ -149,16 +150,34 @@ impl Requests {
         self.gate.clone()
     }
 
-    fn turn(&self) -> Turn<'_> {
-        self.gate.enter();
+    fn turn(&self, request: &Request) -> Turn<'_> {
+        self.turn_with(request, 0)
+    }
+
+    /// A turn for a request that carries `len` bytes of data.
+    fn turn_with(&self, request: &Request, len: usize) -> Turn<'_> {
+        self.gate.enter(request.pid(), len);
         Turn(&self.gate)
     }
 
-    fn entry(&self, reply: ReplyEntry, result: FsResult<Attr>) {
+    /// How long the kernel may keep attributes.
+    fn lifetime(&self, request: &Request, attr: &Attr) -> &'static Duration {
+        if attr.unlinker == 0 {
+            return &FOREVER;
+        }
+        if attr.unlinker != request.pid() {
+            return &Duration::ZERO;
+        }
+        self.fs.settle(attr.ino, attr.unlinker);
+        &FOREVER
+    }
+
+    fn entry(&self, request: &Request, reply: ReplyEntry, result: FsResult<Attr>) {
         match result {
             Ok(attr) => {
                 let generation = Generation(attr.generation.into());
-                reply.entry(
+                reply.entry_with_ttls(
+                    self.lifetime(request, &attr),
                     &FOREVER,
                     &file_attr(&attr, self.fs.geo.block_size),
                     generation,
@@ -168,9 +187,12 @@ impl Requests {
         }
     }
 
-    fn attr(&self, reply: ReplyAttr, result: FsResult<Attr>) {
+    fn attr(&self, request: &Request, reply: ReplyAttr, result: FsResult<Attr>) {
         match result {
-            Ok(attr) => reply.attr(&FOREVER, &file_attr(&attr, self.fs.geo.block_size)),
+            Ok(attr) => {
+                let lifetime = self.lifetime(request, &attr);
+                reply.attr(lifetime, &file_attr(&attr, self.fs.geo.block_size));
+            }
             Err(error) => reply.error(code(error)),
         }
     }
@@ -250,23 +272,23 @@ impl Filesystem for Requests {
         Ok(())
     }
 
-    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let _turn = self.turn();
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _turn = self.turn(request);
         match self.fs.lookup(ino(parent), name.as_bytes()) {
             Ok(None) => reply.entry(&FOREVER, &negative(), Generation(0)),
-            Ok(Some(attr)) => self.entry(reply, Ok(attr)),
+            Ok(Some(attr)) => self.entry(request, reply, Ok(attr)),
             Err(error) => reply.error(code(error)),
         }
     }
 
-    fn forget(&self, _: &Request, node: INodeNo, nlookup: u64) {
-        let _turn = self.turn();
+    fn forget(&self, request: &Request, node: INodeNo, nlookup: u64) {
+        let _turn = self.turn(request);
         self.fs.forget(ino(node), nlookup);
     }
 
-    fn getattr(&self, _: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        let _turn = self.turn();
-        self.attr(reply, self.fs.getattr(ino(node)));
+    fn getattr(&self, request: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        let _turn = self.turn(request);
+        self.attr(request, reply, self.fs.getattr(ino(node)));
     }
 
     fn setattr(
@@ -287,7 +309,7 @@ impl Filesystem for Requests {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let set = SetAttr {
             mode: mode.map(|mode| mode as u16),
             uid,
@@ -297,11 +319,15 @@ impl Filesystem for Requests {
             mtime: mtime.map(set_time),
             ctime: ctime.map(timespec),
         };
-        self.attr(reply, self.fs.setattr(ino(node), &set, &caller(request)));
+        self.attr(
+            request,
+            reply,
+            self.fs.setattr(ino(node), &set, &caller(request)),
+        );
     }
 
-    fn readlink(&self, _: &Request, node: INodeNo, reply: ReplyData) {
-        let _turn = self.turn();
+    fn readlink(&self, request: &Request, node: INodeNo, reply: ReplyData) {
+        let _turn = self.turn(request);
         match self.fs.readlink(ino(node)) {
             Ok(target) => reply.data(&target),
             Err(error) => reply.error(code(error)),
@@ -318,7 +344,7 @@ impl Filesystem for Requests {
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let node = NewNode::Node {
             mode: mode as u16,
             rdev,
@@ -326,7 +352,7 @@ impl Filesystem for Requests {
         let made = self
             .fs
             .create(ino(parent), name.as_bytes(), node, umask, &caller(request));
-        self.entry(reply, made);
+        self.entry(request, reply, made);
     }
 
     fn mkdir(
@@ -338,22 +364,24 @@ impl Filesystem for Requests {
         umask: u32,
         reply: ReplyEntry,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let node = NewNode::Directory { mode: mode as u16 };
         let made = self
             .fs
             .create(ino(parent), name.as_bytes(), node, umask, &caller(request));
-        self.entry(reply, made);
+        self.entry(request, reply, made);
     }
 
-    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let _turn = self.turn();
-        empty(reply, self.fs.unlink(ino(parent), name.as_bytes()));
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.turn(request);
+        let caller = caller(request);
+        empty(reply, self.fs.unlink(ino(parent), name.as_bytes(), &caller));
     }
 
-    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let _turn = self.turn();
-        empty(reply, self.fs.rmdir(ino(parent), name.as_bytes()));
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.turn(request);
+        let caller = caller(request);
+        empty(reply, self.fs.rmdir(ino(parent), name.as_bytes(), &caller));
     }
 
     fn symlink(
@@ -364,14 +392,14 @@ impl Filesystem for Requests {
         target: &Path,
         reply: ReplyEntry,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let node = NewNode::Symlink {
             target: target.as_os_str().as_bytes(),
         };
         let made = self
             .fs
             .create(ino(parent), name.as_bytes(), node, 0, &caller(request));
-        self.entry(reply, made);
+        self.entry(request, reply, made);
     }
 
     fn rename(
@@ -384,7 +412,7 @@ impl Filesystem for Requests {
         flags: FuseRenameFlags,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let flags = RenameFlags::from_bits_retain(flags.bits());
         let result = self.fs.rename(
             ino(parent),
@@ -399,14 +427,15 @@ impl Filesystem for Requests {
 
     fn link(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         new_parent: INodeNo,
         new_name: &OsStr,
         reply: ReplyEntry,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         self.entry(
+            request,
             reply,
             self.fs
                 .link(ino(node), ino(new_parent), new_name.as_bytes()),
@@ -438,7 +467,7 @@ impl Filesystem for Requests {
 
     fn read(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         _: FileHandle,
         offset: u64,
@@ -447,7 +476,7 @@ impl Filesystem for Requests {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn_with(request, size as usize);
         let inode = match self.fs.iget(ino(node)) {
             Ok(inode) => inode,
             Err(error) => return reply.error(code(error)),
@@ -471,7 +500,7 @@ impl Filesystem for Requests {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn_with(request, data.len());
         let inode = match self.fs.iget(ino(node)) {
             Ok(inode) => inode,
             Err(error) => return reply.error(code(error)),
@@ -501,8 +530,15 @@ impl Filesystem for Requests {
         reply.error(Errno::ENOSYS);
     }
 
-    fn fsync(&self, _: &Request, node: INodeNo, _: FileHandle, datasync: bool, reply: ReplyEmpty) {
-        let _turn = self.turn();
+    fn fsync(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        _: FileHandle,
+        datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        let _turn = self.turn(request);
         let result = self
             .fs
             .iget(ino(node))
@@ -512,13 +548,13 @@ impl Filesystem for Requests {
 
     fn readdir(
         &self,
-        _: &Request,
+        request: &Request,
         node_id: INodeNo,
         _: FileHandle,
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let result = self.fs.readdir(ino(node_id), offset, &mut |entry| {
             let kind = kind_of_entry(entry.ftype).unwrap_or_else(|| {
                 // An image without file types in its directories: the inode knows.
@@ -542,35 +578,36 @@ impl Filesystem for Requests {
 
     fn readdirplus(
         &self,
-        _: &Request,
+        request: &Request,
         node_id: INodeNo,
         _: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let result = self
             .fs
             .readdirplus(ino(node_id), offset, &mut |entry, attr| {
                 let name = OsStr::from_bytes(entry.name);
-                let (attr, generation) = match attr {
-                    Some(attr) => {
-                        let generation = Generation(attr.generation.into());
-                        (file_attr(attr, self.fs.geo.block_size), generation)
-                    }
+                let (attr, generation, lifetime) = match attr {
+                    Some(attr) => (
+                        file_attr(attr, self.fs.geo.block_size),
+                        Generation(attr.generation.into()),
+                        self.lifetime(request, attr),
+                    ),
                     // "." and "..": the kernel takes only number and name.
                     None => {
                         let mut attr = negative();
                         attr.kind = fuser::FileType::Directory;
                         attr.ino = node(entry.ino);
-                        (attr, Generation(0))
+                        (attr, Generation(0), &FOREVER)
                     }
                 };
                 let full = reply.add(
                     attr.ino,
                     entry.next_cookie,
                     name,
-                    &FOREVER,
+                    lifetime,
                     &attr,
                     generation,
                 );
@@ -584,13 +621,13 @@ impl Filesystem for Requests {
 
     fn fsyncdir(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         _: FileHandle,
         datasync: bool,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let result = self
             .fs
             .iget(ino(node))
@@ -598,8 +635,8 @@ impl Filesystem for Requests {
         empty(reply, result);
     }
 
-    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        let _turn = self.turn();
+    fn statfs(&self, request: &Request, _: INodeNo, reply: ReplyStatfs) {
+        let _turn = self.turn(request);
         let stat = self.fs.statfs();
         reply.statfs(
             stat.blocks,
@@ -615,7 +652,7 @@ impl Filesystem for Requests {
 
     fn setxattr(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -623,7 +660,7 @@ impl Filesystem for Requests {
         _: u32,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let mode = match flags {
             0 => XattrMode::Any,
             libc::XATTR_CREATE => XattrMode::Create,
@@ -637,13 +674,20 @@ impl Filesystem for Requests {
         );
     }
 
-    fn getxattr(&self, _: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let _turn = self.turn();
+    fn getxattr(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        name: &OsStr,
+        size: u32,
+        reply: ReplyXattr,
+    ) {
+        let _turn = self.turn(request);
         xattr_answer(reply, size, self.fs.getxattr(ino(node), name.as_bytes()));
     }
 
     fn listxattr(&self, request: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let mut names = self.fs.listxattr(ino(node));
         if request.uid() != 0 {
             // As the kernel's own file systems do: trusted attributes are for root.
@@ -659,8 +703,8 @@ impl Filesystem for Requests {
         xattr_answer(reply, size, names);
     }
 
-    fn removexattr(&self, _: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let _turn = self.turn();
+    fn removexattr(&self, request: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.turn(request);
         let result = self
             .fs
             .setxattr(ino(node), name.as_bytes(), None, XattrMode::Replace);
@@ -669,7 +713,7 @@ impl Filesystem for Requests {
 
     fn ioctl(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         _: FileHandle,
         _: IoctlFlags,
@@ -678,7 +722,7 @@ impl Filesystem for Requests {
         out_size: u32,
         reply: ReplyIoctl,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         match self.run_ioctl(ino(node), cmd, in_data) {
             Ok(out) => reply.ioctl(0, &out[..out.len().min(out_size as usize)]),
             Err(error) => reply.error(code(error)),
@@ -695,7 +739,7 @@ impl Filesystem for Requests {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let result = FallocMode::from_bits(mode)
             .ok_or(FsError::NotSupported)
             .and_then(|mode| {
@@ -708,14 +752,14 @@ impl Filesystem for Requests {
 
     fn lseek(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         _: FileHandle,
         offset: i64,
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let what = match whence {
             libc::SEEK_DATA => Seek::Data,
             libc::SEEK_HOLE => Seek::Hole,
@@ -745,7 +789,7 @@ impl Filesystem for Requests {
         _: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        let _turn = self.turn();
+        let _turn = self.turn(request);
         let result = (|| {
             let from = self.fs.iget(ino(ino_in))?;
             let to = self.fs.iget(ino(ino_out))?;

@@ -17,7 +17,6 @@ use crate::core::{Core, Fs};
 use crate::data::FileIo;
 use crate::error::{FsError, FsResult};
 use crate::format::inode::{InodeData, inode_csum_seed, seal_inode, verify_inode};
-use crate::geometry::Geometry;
 use crate::journal::{Class, Handle};
 use crate::orphan::OrphanLink;
 
@@ -26,6 +25,9 @@ pub use table::InodeTable;
 
 /// Where `i_dtime` stands in an inode.
 const DTIME: usize = 0x14;
+
+/// In [`Inode::unlinker`]: a thread without a number.
+pub const UNKNOWN_THREAD: u32 = u32::MAX;
 
 /// The root directory.
 pub const ROOT_INO: u32 = 2;
@@ -44,6 +46,14 @@ pub struct Inode {
     pub dir_validator: OnceLock<Arc<dyn Validator>>,
     /// References the kernel holds.
     pub lookups: AtomicU64,
+    /// Thread that removed one of several names of it, [`UNKNOWN_THREAD`] where nobody said who;
+    /// 0 once the kernel is known to have heard of it.
+    ///
+    /// The kernel counts such a name less by itself when it has the answer. Somebody may ask for
+    /// attributes before that, get the new count, and then the kernel counts once more. So until
+    /// then attributes are given without a lifetime. That the thread sends another request, or that
+    /// another name is made, tells that it is over.
+    pub unlinker: AtomicU32,
     /// Transaction of the last change.
     pub tid: AtomicU32,
     /// Transaction of the last change that `fdatasync` waits for.
@@ -61,17 +71,18 @@ pub struct Inode {
 }
 
 impl Inode {
-    /// Makes an inode in memory.
+    /// Makes an inode in memory; `fs_seed` is the file system's seed of checksums.
     #[must_use]
-    pub fn new(geo: &Geometry, ino: u32, data: InodeData) -> Arc<Self> {
+    pub fn new(fs_seed: u32, ino: u32, data: InodeData) -> Arc<Self> {
         Arc::new(Self {
             ino,
-            csum_seed: inode_csum_seed(geo.csum_seed, ino, data.generation),
+            csum_seed: inode_csum_seed(fs_seed, ino, data.generation),
             type_bits: data.mode & 0xf000,
             data: RwLock::new(Rank::Inode, data),
             extent_validator: OnceLock::new(),
             dir_validator: OnceLock::new(),
             lookups: AtomicU64::new(0),
+            unlinker: AtomicU32::new(0),
             tid: AtomicU32::new(0),
             datasync_tid: AtomicU32::new(0),
             orphan: OrphanLink::default(),
@@ -93,6 +104,9 @@ impl Inode {
         u32::from(self.type_bits) == libc::S_IFREG
     }
 }
+
+/// Blocks of an inode table read at once, as the kernel does (`inode_readahead_blks`).
+const READ_AHEAD: u64 = 32;
 
 impl Core {
     /// Block of a group's inode table, from its descriptor.
@@ -126,8 +140,19 @@ impl Core {
         }
         let (group, index) = self.geo.group_of_ino(ino);
         let byte = u64::from(index) * u64::from(self.geo.inode_size);
-        let block = self.inode_table(group)? + (byte >> self.geo.block_bits);
-        let buffer = self.bufs.read(block, no_check())?;
+        let table = self.inode_table(group)?;
+        let at = byte >> self.geo.block_bits;
+        let block = table + at;
+        let buffer = match self.bufs.get(block) {
+            Some(buffer) => buffer,
+            None => {
+                // Whoever asks for one inode of a directory asks for its neighbours next.
+                let from = at - at % READ_AHEAD;
+                let to = (from + READ_AHEAD).min(self.geo.itable_blocks.into());
+                self.bufs.prefetch(table + from, to - from);
+                self.bufs.read(block, no_check())?
+            }
+        };
         Ok((buffer, (byte & u64::from(self.geo.block_size - 1)) as usize))
     }
 

@@ -1,9 +1,9 @@
 //! The table of inodes in memory, and how they leave it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use dashmap::DashMap;
+use dashmap::{DashMap, Entry};
 
 use super::Inode;
 use crate::core::Fs;
@@ -11,9 +11,22 @@ use crate::error::{FsError, FsResult};
 
 /// Inodes in memory by number. There is one [`Inode`] for a number at a time, so that its lock
 /// means something: an entry is taken out only while nobody but the table has it.
-#[derive(Default)]
 pub struct InodeTable {
     map: DashMap<u32, Arc<Inode>>,
+    /// Entries taken out so far, by number modulo [`COUNTERS`]: whoever read an inode from the disk
+    /// sees whether it may have been in memory, and changed, and left it meanwhile.
+    removals: [AtomicU64; COUNTERS],
+}
+
+const COUNTERS: usize = 64;
+
+impl Default for InodeTable {
+    fn default() -> Self {
+        Self {
+            map: DashMap::new(),
+            removals: [const { AtomicU64::new(0) }; COUNTERS],
+        }
+    }
 }
 
 impl InodeTable {
@@ -31,8 +44,38 @@ impl InodeTable {
     /// Takes an inode out that nobody uses and the kernel does not know.
     pub fn drop_unused(&self, ino: u32) {
         self.map.remove_if(&ino, |_, inode| {
-            Arc::strong_count(inode) == 1 && inode.lookups.load(Ordering::Acquire) == 0
+            let unused =
+                Arc::strong_count(inode) == 1 && inode.lookups.load(Ordering::Acquire) == 0;
+            if unused {
+                self.counter(ino).fetch_add(1, Ordering::AcqRel);
+            }
+            unused
         });
+    }
+
+    fn counter(&self, ino: u32) -> &AtomicU64 {
+        &self.removals[ino as usize % COUNTERS]
+    }
+
+    /// Puts in what `read` gives, unless the inode is in memory. What was read while an inode left
+    /// the memory may be older than what that inode wrote, and is read again.
+    fn get_or_read(
+        &self,
+        ino: u32,
+        mut read: impl FnMut() -> FsResult<Arc<Inode>>,
+    ) -> FsResult<Arc<Inode>> {
+        loop {
+            let before = self.counter(ino).load(Ordering::Acquire);
+            let inode = read()?;
+            match self.map.entry(ino) {
+                Entry::Occupied(entry) => return Ok(entry.get().clone()),
+                Entry::Vacant(entry) => {
+                    if self.counter(ino).load(Ordering::Acquire) == before {
+                        return Ok(entry.insert(inode).clone());
+                    }
+                }
+            }
+        }
     }
 
     /// All inodes in memory now.
@@ -51,13 +94,15 @@ impl Fs {
         if let Some(inode) = self.inodes.get(ino) {
             return Ok(inode);
         }
-        let inode = Inode::new(&self.geo, ino, self.read_inode(ino)?);
-        // It may have been in memory before, and changed: `fsync` must wait for that, too.
-        let tid = self.journal.youngest();
-        inode.tid.store(tid, Ordering::Release);
-        inode.datasync_tid.store(tid, Ordering::Release);
-        inode.unflushed.store(true, Ordering::Release);
-        Ok(self.inodes.map.entry(ino).or_insert(inode).clone())
+        self.inodes.get_or_read(ino, || {
+            let inode = Inode::new(self.geo.csum_seed, ino, self.read_inode(ino)?);
+            // It may have been in memory before, and changed: `fsync` must wait for that, too.
+            let tid = self.journal.youngest();
+            inode.tid.store(tid, Ordering::Release);
+            inode.datasync_tid.store(tid, Ordering::Release);
+            inode.unflushed.store(true, Ordering::Release);
+            Ok(inode)
+        })
     }
 
     /// As [`Self::iget`], for a number that a directory names: an inode that is not in use is
@@ -124,5 +169,40 @@ impl Fs {
         } else {
             Err(FsError::NotDirectory)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::InodeTable;
+    use crate::format::inode::InodeData;
+    use crate::inode::Inode;
+
+    fn inode(links: u16) -> Arc<Inode> {
+        let data = InodeData {
+            links,
+            ..InodeData::default()
+        };
+        Inode::new(0, 12, data)
+    }
+
+    /// What was lost: a link made while somebody else was about to put in an inode that he had read
+    /// before it. The next removal of a name then deleted a file that still had one.
+    #[test]
+    fn an_inode_read_before_it_was_changed_and_left_is_read_again() {
+        let table = InodeTable::default();
+        let mut reads = 0;
+        let read = || {
+            reads += 1;
+            if reads == 1 {
+                table.insert(&inode(2));
+                table.drop_unused(12);
+            }
+            Ok(inode(reads))
+        };
+        let got = table.get_or_read(12, read).unwrap();
+        assert_eq!(got.data.read().links, 2);
     }
 }

@@ -13,6 +13,8 @@ pub mod namei;
 pub mod rename;
 pub mod space;
 
+use std::sync::atomic::Ordering;
+
 use crate::core::Fs;
 use crate::error::{FsError, FsResult};
 use crate::format::inode::{InodeData, InodeFlags, Timespec};
@@ -34,6 +36,8 @@ pub struct Caller {
     pub uid: u32,
     /// Group.
     pub gid: u32,
+    /// The thread, 0 where that is not known.
+    pub thread: u32,
     /// Times of a file's changes are kept by whoever sends the requests (the kernel, whose page
     /// cache knows of writes first) and come by `setattr`.
     pub keeps_times: bool,
@@ -58,6 +62,8 @@ pub struct Attr {
     pub mtime: Timespec,
     pub ctime: Timespec,
     pub crtime: Timespec,
+    /// What [`Inode::unlinker`] says: not 0 where the kernel may still change its own count of links.
+    pub unlinker: u32,
 }
 
 /// Space, as `statfs` tells it.
@@ -103,16 +109,27 @@ fn set_rdev(data: &mut InodeData, rdev: u32) {
 }
 
 impl Fs {
-    /// Does an operation once more where it found no space but freed space comes back with the next
-    /// commit.
+    /// Does an operation once more where it found no space but some comes back.
     fn with_space<T>(&self, mut operation: impl FnMut() -> FsResult<T>) -> FsResult<T> {
         match operation() {
-            Err(FsError::NoSpace) if self.alloc.pending_blocks() > 0 => {
-                self.journal.commit_all()?;
-                operation()
-            }
+            Err(FsError::NoSpace) if self.reclaim()? => operation(),
             result => result,
         }
+    }
+
+    /// Brings back the space of what was removed: inodes that are still to be deleted, and blocks
+    /// that come back with the next commit. `false` where there are none. Waits for commits; the
+    /// caller must hold no lock.
+    pub(crate) fn reclaim(&self) -> FsResult<bool> {
+        let doomed = self.evictions.as_ref().filter(|queue| queue.pending() > 0);
+        if let Some(evictions) = doomed {
+            evictions.drain();
+        }
+        if self.alloc.pending_blocks() > 0 {
+            self.journal.commit_all()?;
+            return Ok(true);
+        }
+        Ok(doomed.is_some())
     }
 
     /// What `stat` tells of an inode whose lock is held.
@@ -133,6 +150,18 @@ impl Fs {
             mtime: data.mtime,
             ctime: data.ctime,
             crtime: data.crtime,
+            unlinker: inode.unlinker.load(Ordering::Acquire),
+        }
+    }
+
+    /// The thread that removed a name of `ino` goes on, so the kernel has counted that name less.
+    pub fn settle(&self, ino: u32, thread: u32) {
+        if let Some(inode) = self.inodes.get(ino) {
+            // Where another has removed a name since, it is still that one's.
+            inode
+                .unlinker
+                .compare_exchange(thread, 0, Ordering::AcqRel, Ordering::Acquire)
+                .ok();
         }
     }
 

@@ -13,7 +13,7 @@ use crate::error::{FsError, FsResult};
 use crate::format::features::RoCompat;
 use crate::format::inode::{InodeData, InodeFlags};
 use crate::inode::map::{self, Written};
-use crate::inode::{Inode, ROOT_INO};
+use crate::inode::{Inode, ROOT_INO, UNKNOWN_THREAD};
 use crate::journal::Handle;
 use crate::orphan::ORPHAN_CREDITS;
 use crate::xattr::{self, acl};
@@ -270,7 +270,7 @@ impl Fs {
             data.projid = dir_data.projid;
         }
         data.links = if is_dir { 2 } else { 1 };
-        let inode = Inode::new(&self.geo, ino, data);
+        let inode = Inode::new(self.geo.csum_seed, ino, data);
         let filled = self.fill_inode(handle, dir, dir_data, &inode, node, umask);
         if let Err(error) = filled {
             let undone = self.undo_inode(handle, &inode, kind);
@@ -458,6 +458,8 @@ impl Fs {
             });
         if result.is_ok() {
             inode.lookups.fetch_add(1, Ordering::AcqRel);
+            // The kernel makes a name while it keeps others from removing one.
+            inode.unlinker.store(0, Ordering::Release);
         }
         let attr = self.attr_of(&inode, &data);
         let tid = handle.tid();
@@ -472,23 +474,29 @@ impl Fs {
     ///
     /// # Errors
     /// [`FsError::NotFound`], [`FsError::IsDirectory`], [`FsError::NotPermitted`].
-    pub fn unlink(self: &Arc<Self>, parent: u32, name: &[u8]) -> FsResult {
-        self.remove_name(parent, name, FileKind::Other)
+    pub fn unlink(self: &Arc<Self>, parent: u32, name: &[u8], caller: &Caller) -> FsResult {
+        self.remove_name(parent, name, FileKind::Other, caller)
     }
 
     /// Removes an empty directory.
     ///
     /// # Errors
     /// [`FsError::NotFound`], [`FsError::NotDirectory`], [`FsError::NotEmpty`].
-    pub fn rmdir(self: &Arc<Self>, parent: u32, name: &[u8]) -> FsResult {
+    pub fn rmdir(self: &Arc<Self>, parent: u32, name: &[u8], caller: &Caller) -> FsResult {
         match name {
             b"." => Err(FsError::Invalid),
             b".." => Err(FsError::NotEmpty),
-            _ => self.remove_name(parent, name, FileKind::Directory),
+            _ => self.remove_name(parent, name, FileKind::Directory, caller),
         }
     }
 
-    fn remove_name(self: &Arc<Self>, parent: u32, name: &[u8], kind: FileKind) -> FsResult {
+    fn remove_name(
+        self: &Arc<Self>,
+        parent: u32,
+        name: &[u8],
+        kind: FileKind,
+        caller: &Caller,
+    ) -> FsResult {
         self.check_writable()?;
         check_name(name)?;
         let dir = self.directory(parent)?;
@@ -514,7 +522,7 @@ impl Fs {
                 self.count_subdir(&mut dir_data, -1);
             }
             self.touch_dir(&handle, &dir, &mut dir_data)?;
-            self.lose_link(&handle, &inode, &mut data)
+            self.lose_link(&handle, &inode, &mut data, caller)
         });
         let tid = handle.tid();
         handle.finish(result)?;
@@ -530,6 +538,7 @@ impl Fs {
         handle: &Handle,
         inode: &Inode,
         data: &mut InodeData,
+        caller: &Caller,
     ) -> FsResult {
         data.ctime = self.now();
         data.links = if inode.is_dir() {
@@ -539,6 +548,12 @@ impl Fs {
         };
         if data.links == 0 {
             self.orphan_add(handle, inode)?;
+        } else {
+            let thread = match caller.thread {
+                0 => UNKNOWN_THREAD,
+                thread => thread,
+            };
+            inode.unlinker.store(thread, Ordering::Release);
         }
         self.write_inode(handle, inode, data)
     }
@@ -571,7 +586,7 @@ impl Fs {
     ) -> FsResult {
         let dir = self.directory(ino)?;
         let data = dir.data.read();
-        let mut failed = None;
+        let (mut failed, mut taken_any) = (None, false);
         dir::read(self, &dir, &data, cookie, &mut |entry| {
             if matches!(entry.name, b"." | b"..") {
                 return emit(entry, None);
@@ -587,6 +602,7 @@ impl Fs {
             inode.lookups.fetch_add(1, Ordering::AcqRel);
             let attr = self.attr_of(&inode, &inode.data.read_nested());
             let taken = emit(entry, Some(&attr));
+            taken_any |= taken == Emit::More;
             if taken == Emit::Full {
                 inode.lookups.fetch_sub(1, Ordering::AcqRel);
                 drop(inode);
@@ -594,7 +610,12 @@ impl Fs {
             }
             taken
         })?;
-        failed.map_or(Ok(()), Err)
+        // With an error the kernel would not see the entries before it, nor give them back. The next
+        // call begins with the one that failed.
+        match failed {
+            Some(error) if !taken_any => Err(error),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -246,7 +246,7 @@ impl Fs {
             source_data.ctime = self.now();
             self.write_inode(&handle, source, &source_data)?;
             match (target, &mut target_data) {
-                (Some(target), Some(data)) => self.lose_link(&handle, target, data),
+                (Some(target), Some(data)) => self.lose_link(&handle, target, data, caller),
                 _ => Ok(()),
             }
         });

@@ -18,6 +18,7 @@ pub const ROOT: u32 = 2;
 pub const ME: Caller = Caller {
     uid: 0,
     gid: 0,
+    thread: 0,
     keeps_times: false,
 };
 pub const FILE: NewNode<'static> = NewNode::Node {

@@ -515,13 +515,13 @@ impl Storm {
         let what = format!("remove node {id} {name:.12} from {dir}");
         if node.is_dir() {
             let is_empty = node.entries().is_empty();
-            match self.fs.rmdir(ino, name.as_bytes()) {
+            match self.fs.rmdir(ino, name.as_bytes(), &ME) {
                 Ok(()) if is_empty => {}
                 Err(FsError::NotEmpty) if !is_empty => return Ok(format!("= {what}: not empty")),
                 other => panic!("{what}: {other:?}"),
             }
         } else {
-            self.fs.unlink(ino, name.as_bytes())?;
+            self.fs.unlink(ino, name.as_bytes(), &ME)?;
         }
         let parent = &mut self.history.model.nodes[dir];
         parent.entries_mut().remove(&name);
@@ -664,7 +664,7 @@ pub fn noise(fs: &Arc<Fs>, seed: u64, stop: &AtomicBool) {
             2 if !names.is_empty() => {
                 let index = random.below(names.len() as u64) as usize;
                 let (name, ino) = names.swap_remove(index);
-                fs.unlink(dir, name.as_bytes()).unwrap();
+                fs.unlink(dir, name.as_bytes(), &ME).unwrap();
                 fs.forget(ino, 1);
             }
             _ => {

@@ -7,6 +7,7 @@
 //! | `cli` | arguments, options, exit codes, signals, the background |
 //! | `matrix` | {ext2, ext3, ext4} x block size x how it was filled, under a storm |
 //! | `kill` | SIGKILL at any time costs nothing that was synced |
+//! | `links` | counts of links, seen by others while names go |
 //! | `bad_input` | what cannot be mounted is refused in one line and stays as it was |
 //! | `big` | an image of 1 TiB costs what one of 64 MiB does |
 //! | `many` | many files in one directory |
@@ -25,5 +26,6 @@ mod big;
 mod cli;
 mod common;
 mod kill;
+mod links;
 mod many;
 mod matrix;
