@@ -111,7 +111,7 @@ pub fn refuse_busy(mountpoint: &Path, fsname: &str) -> Result<(), PlaceError> {
         return Ok(());
     };
     match top_mount(&table, mountpoint) {
-        Some((kind, source)) if kind == "fuse.fusefs-stack" || source == fsname => {
+        Some(Top { kind, source, .. }) if kind == "fuse.fusefs-stack" || source == fsname => {
             let path = mountpoint.to_owned();
             // Attributes may come from the kernel's cache; this asks whoever serves.
             Err(match rustix::fs::statfs(mountpoint) {
@@ -126,20 +126,51 @@ pub fn refuse_busy(mountpoint: &Path, fsname: &str) -> Result<(), PlaceError> {
     }
 }
 
-/// Type and source of what is mounted exactly on `path`, from the text of `mountinfo` (proc(5)).
-fn top_mount(table: &str, path: &Path) -> Option<(String, String)> {
+/// Lets the kernel read ahead `bytes` of a file in `mountpoint`, where FUSE mounts begin with 128
+/// KiB in requests of as much, and a request costs more than its data. Only root may; others keep
+/// what they have.
+pub fn read_ahead(mountpoint: &Path, bytes: u32) {
+    let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else {
+        return;
+    };
+    // Not by stat: where it was unmounted meanwhile that would tell of somebody else's device.
+    let Some(top) = top_mount(&table, mountpoint).filter(|top| top.kind.starts_with("fuse")) else {
+        return;
+    };
+    let path = format!("/sys/class/bdi/{}/read_ahead_kb", top.device);
+    if let Err(error) = std::fs::write(&path, (bytes / 1024).to_string()) {
+        log::debug!("{path}: {error}");
+    }
+}
+
+/// What is mounted exactly on a path.
+#[derive(Debug, Eq, PartialEq)]
+struct Top {
+    /// Major and minor number, as `8:1`.
+    device: String,
+    kind: String,
+    source: String,
+}
+
+/// Looks for `path` in the text of `mountinfo` (proc(5)).
+fn top_mount(table: &str, path: &Path) -> Option<Top> {
     let mut top = None;
     for line in table.lines() {
         let Some((left, right)) = line.split_once(" - ") else {
             continue;
         };
-        let Some(target) = left.split(' ').nth(4) else {
+        let mut left = left.split(' ').skip(2);
+        let (Some(device), Some(target)) = (left.next(), left.nth(1)) else {
             continue;
         };
         let mut right = right.split(' ');
         if let (Some(kind), Some(source)) = (right.next(), right.next()) {
             if Path::new(&unescape(target)) == path {
-                top = Some((kind.to_owned(), unescape(source)));
+                top = Some(Top {
+                    device: device.to_owned(),
+                    kind: kind.to_owned(),
+                    source: unescape(source),
+                });
             }
         }
     }
@@ -247,7 +278,11 @@ mod tests {
         let table = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
             30 22 0:30 / /a\\040b rw shared:1 - fuse.fusefs-stack /x\\040y.img rw,user_id=0\n";
         let top = |path: &str| top_mount(table, Path::new(path));
-        let ours = Some(("fuse.fusefs-stack".to_owned(), "/x y.img".to_owned()));
+        let ours = Some(Top {
+            device: "0:30".to_owned(),
+            kind: "fuse.fusefs-stack".to_owned(),
+            source: "/x y.img".to_owned(),
+        });
         assert_eq!(top("/a b"), ours);
         assert_eq!(top("/a"), None);
     }

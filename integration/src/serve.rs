@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 
+use fs::data::MAX_IO;
 use fs::fuse::{FuseConfig, Server, Unmounter};
 use fs::options::Atime;
 use fs::{Fs, FsError};
@@ -188,6 +189,7 @@ fn watch_start(
     let path = config.mountpoint.clone();
     let watch = move || {
         let answers = look(&path).and_then(|()| {
+            places::read_ahead(&path, MAX_IO);
             if detached {
                 background::report_mounted(log.as_ref())?;
             } else if let Some(log) = &log {

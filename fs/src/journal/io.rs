@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use blockstack::sync::{Condvar, Mutex, Rank};
 use blockstack::{
-    Bio, BioFlags, BioSet, BlkError, BlkResult, Buf, DynDevice, Op, PagePool, Sector, Wait,
+    Bio, BioFlags, BioSet, BlkError, BlkResult, Buf, DynDevice, Op, PagePool, Plug, Sector, Wait,
     read_wait, submit_bio,
 };
 
@@ -255,6 +255,8 @@ impl<'a> HomeWriter<'a> {
         let mut run: Vec<Buf> = Vec::with_capacity(max.min(self.pending.len()));
         let mut start = 0;
         let mut res = Ok(());
+        // All with one call to the system: a SIGKILL comes before it or after it.
+        let _plug = Plug::new();
         for (block, buf) in self.pending.drain(..) {
             if !run.is_empty() && (block != start + run.len() as u64 || run.len() == max) {
                 let sent = self
