@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use memmap2::MmapMut;
 
 use crate::error::BlkError;
-use crate::sync::{Mutex, Rank};
+use crate::sync::{Condvar, Mutex, Rank};
 
 /// Every buffer begins at a multiple of this many bytes, which suits `O_DIRECT` on any device.
 pub const ALIGN: usize = 4096;
@@ -61,8 +61,25 @@ impl Arenas {
     }
 }
 
+#[derive(Default)]
+struct Free {
+    chunks: Vec<Chunk>,
+    /// Buffers of this class that somebody has.
+    live: usize,
+    waiting: usize,
+}
+
+impl Free {
+    fn take(&mut self) -> Option<Chunk> {
+        let chunk = self.chunks.pop()?;
+        self.live += 1;
+        Some(chunk)
+    }
+}
+
 struct Pool {
-    free: [Mutex<Vec<Chunk>>; CLASSES.len()],
+    free: [Mutex<Free>; CLASSES.len()],
+    returned: [Condvar; CLASSES.len()],
     arenas: Mutex<Arenas>,
     limit: usize,
     mapped: AtomicUsize,
@@ -72,12 +89,20 @@ struct Pool {
 #[derive(Clone)]
 pub struct PagePool(Arc<Pool>);
 
+fn class_of(len: usize) -> Result<usize, BlkError> {
+    match CLASSES.iter().position(|&size| size >= len) {
+        Some(class) if len > 0 => Ok(class),
+        _ => Err(BlkError::Unaligned),
+    }
+}
+
 impl PagePool {
     /// Makes a pool that maps at most `limit` bytes (rounded up to 2 MiB).
     #[must_use]
     pub fn new(limit: usize) -> Self {
         Self(Arc::new(Pool {
-            free: std::array::from_fn(|_| Mutex::new(Rank::Pool, Vec::new())),
+            free: std::array::from_fn(|_| Mutex::new(Rank::Pool, Free::default())),
+            returned: std::array::from_fn(|_| Condvar::new()),
             arenas: Mutex::new(
                 Rank::Pool,
                 Arenas {
@@ -110,14 +135,15 @@ impl PagePool {
     /// [`BlkError::NoMemory`] where the pool's limit is reached or the system refuses;
     /// [`BlkError::Unaligned`] for a `len` of zero or above [`MAX_BUF`].
     pub fn alloc(&self, len: usize) -> Result<Buf, BlkError> {
-        let class = match CLASSES.iter().position(|&size| size >= len) {
-            Some(class) if len > 0 => class,
-            _ => return Err(BlkError::Unaligned),
-        };
-        let recycled = self.0.free[class].lock().pop();
+        let class = class_of(len)?;
+        let recycled = self.0.free[class].lock().take();
         let chunk = match recycled {
             Some(chunk) => chunk,
-            None => self.carve(class)?,
+            None => {
+                let chunk = self.carve(class)?;
+                self.0.free[class].lock().live += 1;
+                chunk
+            }
         };
         Ok(Buf {
             ptr: chunk.ptr,
@@ -125,6 +151,25 @@ impl PagePool {
             class,
             pool: self.0.clone(),
         })
+    }
+
+    /// After [`BlkError::NoMemory`], waits until a buffer of `len` bytes may be had: others may be
+    /// faster. The caller must hold nothing that the owners of buffers wait for.
+    ///
+    /// # Errors
+    /// [`BlkError::NoMemory`] where nobody has a buffer of that class that could come back.
+    pub fn wait_for(&self, len: usize) -> Result<(), BlkError> {
+        let class = class_of(len)?;
+        let mut free = self.0.free[class].lock();
+        while free.chunks.is_empty() {
+            if free.live == 0 {
+                return Err(BlkError::NoMemory);
+            }
+            free.waiting += 1;
+            self.0.returned[class].wait(&mut free);
+            free.waiting -= 1;
+        }
+        Ok(())
     }
 
     /// As [`Self::alloc`], filled with zeros.
@@ -170,7 +215,7 @@ impl PagePool {
                 let Some(chunk) = arenas.chunk(from, size) else {
                     return;
                 };
-                self.0.free[class].lock_nested().push(chunk);
+                self.0.free[class].lock_nested().chunks.push(chunk);
                 from += size;
             }
         }
@@ -268,9 +313,14 @@ impl DerefMut for Buf {
 
 impl Drop for Buf {
     fn drop(&mut self) {
-        self.pool.free[self.class]
-            .lock_nested()
-            .push(Chunk { ptr: self.ptr });
+        let mut free = self.pool.free[self.class].lock_nested();
+        free.chunks.push(Chunk { ptr: self.ptr });
+        free.live -= 1;
+        if free.waiting > 0 {
+            drop(free);
+            // All: one that is woken may take another class next, or nothing.
+            self.pool.returned[self.class].notify_all();
+        }
     }
 }
 
@@ -405,6 +455,27 @@ mod tests {
         drop(first);
         assert!(pool.alloc(MAX_BUF).is_ok());
         assert_eq!(pool.mapped(), ARENA);
+    }
+
+    #[test]
+    fn who_waits_for_memory_gets_what_comes_back() {
+        let pool = PagePool::new(ARENA);
+        let all = pool.alloc(MAX_BUF).unwrap();
+        let waits = {
+            let pool = pool.clone();
+            std::thread::spawn(move || {
+                pool.wait_for(MAX_BUF)?;
+                pool.alloc(MAX_BUF).map(drop)
+            })
+        };
+        while pool.0.free[super::CLASSES.len() - 1].lock().waiting == 0 {
+            std::thread::yield_now();
+        }
+        drop(all);
+        assert_eq!(waits.join().unwrap(), Ok(()));
+        // A buffer that nobody has cannot come back.
+        let _all = pool.alloc(MAX_BUF).unwrap();
+        assert_eq!(pool.wait_for(1), Err(BlkError::NoMemory));
     }
 
     #[test]

@@ -26,7 +26,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use blockstack::direct_io::{Dio, DioDone, DirectIo, Extent, Mapping as DioMapping};
 use blockstack::sync::RwLockWriteGuard;
-use blockstack::{BioFlags, BlkResult, Buf, PagePool, Sector, SectorCount, flush_wait, read_wait};
+use blockstack::{
+    BioFlags, BlkError, BlkResult, Buf, PagePool, Sector, SectorCount, flush_wait, read_wait,
+};
 use smallvec::SmallVec;
 
 use crate::alloc::{Privilege, Run};
@@ -218,6 +220,20 @@ struct Plan {
     to: u32,
 }
 
+/// Why a read was not begun.
+enum ReadError {
+    Failed(FsError),
+    /// Worth another try when somebody gives a buffer back.
+    NoMemory {
+        bytes: usize,
+    },
+}
+
+/// Waits for a buffer of `bytes`. No lock may be held: the ends of writes take those of inodes.
+fn wait_for_memory(bytes: usize) -> FsResult {
+    Ok(PagePool::shared().wait_for(bytes)?)
+}
+
 impl Fs {
     pub(crate) fn file_io<'a>(&self, inode: &'a Inode) -> &'a FileIo {
         inode.dio.get_or_init(|| self.data_io.open())
@@ -256,9 +272,20 @@ impl Fs {
     }
 
     /// Reads up to `len` bytes at `offset` and answers, perhaps from another thread.
-    pub fn read(self: &Arc<Self>, inode: &Arc<Inode>, offset: u64, len: u32, reply: ReadReply) {
-        if let Err((error, reply)) = self.try_read(inode, offset, len, reply) {
-            reply(Err(error));
+    pub fn read(self: &Arc<Self>, inode: &Arc<Inode>, offset: u64, len: u32, mut reply: ReadReply) {
+        loop {
+            let (error, back) = match self.try_read(inode, offset, len, reply) {
+                Ok(()) => return,
+                Err(failed) => failed,
+            };
+            let again = match error {
+                ReadError::Failed(error) => Err(error),
+                ReadError::NoMemory { bytes } => wait_for_memory(bytes),
+            };
+            match again {
+                Ok(()) => reply = back,
+                Err(error) => return back(Err(error)),
+            }
         }
     }
 
@@ -268,19 +295,19 @@ impl Fs {
         offset: u64,
         len: u32,
         reply: ReadReply,
-    ) -> Result<(), (FsError, ReadReply)> {
+    ) -> Result<(), (ReadError, ReadReply)> {
         if !inode.is_file() {
             let error = if inode.is_dir() {
                 FsError::IsDirectory
             } else {
                 FsError::Invalid
             };
-            return Err((error, reply));
+            return Err((ReadError::Failed(error), reply));
         }
         let block_bits = self.geo.block_bits;
         let len = len.min(MAX_IO);
         let Some(end) = offset.checked_add(len.into()) else {
-            return Err((FsError::Invalid, reply));
+            return Err((ReadError::Failed(FsError::Invalid), reply));
         };
         let last = end
             .div_ceil(u64::from(self.geo.block_size))
@@ -307,7 +334,7 @@ impl Fs {
         while lblk < to {
             let mapping = match map::lookup(self, inode, &data, lblk, to - lblk) {
                 Ok(mapping) => mapping,
-                Err(error) => return Err((error, reply)),
+                Err(error) => return Err((ReadError::Failed(error), reply)),
             };
             let kind = match mapping.kind {
                 MapKind::Hole => DioMapping::Hole,
@@ -317,9 +344,11 @@ impl Fs {
             extents.push(extent(self, kind, mapping.pblk, mapping.len));
             lblk += mapping.len;
         }
-        let buf = match PagePool::shared().alloc(((to - first) << block_bits) as usize) {
+        let bytes = ((to - first) << block_bits) as usize;
+        let buf = match PagePool::shared().alloc(bytes) {
             Ok(buf) => buf,
-            Err(error) => return Err((error.into(), reply)),
+            Err(BlkError::NoMemory) => return Err((ReadError::NoMemory { bytes }, reply)),
+            Err(error) => return Err((ReadError::Failed(error.into()), reply)),
         };
         let end = IoEnd {
             fs: self.clone(),
@@ -401,21 +430,30 @@ impl Fs {
                 break data;
             }
         };
-        let mut prepared =
-            self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller);
-        if prepared.as_ref().err() == Some(&FsError::NoSpace) {
+        let mut reclaimed = false;
+        let prepared = loop {
+            let prepared =
+                self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller);
+            let error = match prepared {
+                Err(FsError::NoSpace) if !reclaimed => FsError::NoSpace,
+                Err(error @ FsError::Data(BlkError::NoMemory)) => error,
+                _ => break prepared,
+            };
             // The claim keeps others away meanwhile.
             drop(data);
-            let gained = self.reclaim();
-            data = inode.data.write();
-            prepared = match gained {
-                Ok(true) => {
-                    self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller)
-                }
-                Ok(false) => Err(FsError::NoSpace),
-                Err(error) => Err(error),
+            let gained = if error == FsError::NoSpace {
+                reclaimed = true;
+                self.reclaim()
+            } else {
+                wait_for_memory((to - from) as usize * block_size as usize).map(|()| true)
             };
-        }
+            data = inode.data.write();
+            match gained {
+                Ok(true) => {}
+                Ok(false) => break Err(error),
+                Err(error) => break Err(error),
+            }
+        };
         let (plan, buf, end) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
