@@ -8,17 +8,20 @@
 //! | `places` | which argument is the mountpoint, and whether it can be one |
 //! | `stack` | image to top device |
 //! | `background` | leaving the terminal once the mount answers |
+//! | `guard` | ends the connection where the program is killed |
 //! | `serve` | one mount, from first look to last write |
 #![forbid(unsafe_code)]
 
 mod background;
 mod cli;
+mod guard;
 mod messages;
 mod options;
 mod places;
 mod serve;
 mod stack;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -32,6 +35,13 @@ const USAGE: u8 = 1;
 const MOUNT_FAILED: u8 = 32;
 
 fn main() -> ExitCode {
+    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if let Some((_, rest)) = words
+        .split_first()
+        .filter(|(first, _)| *first == guard::WORD)
+    {
+        return guard::run(rest);
+    }
     let args = match Args::try_parse() {
         Ok(args) => args,
         Err(error) => return explain(&error),

@@ -130,11 +130,7 @@ pub fn refuse_busy(mountpoint: &Path, fsname: &str) -> Result<(), PlaceError> {
 /// KiB in requests of as much, and a request costs more than its data. Only root may; others keep
 /// what they have.
 pub fn read_ahead(mountpoint: &Path, bytes: u32) {
-    let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else {
-        return;
-    };
-    // Not by stat: where it was unmounted meanwhile that would tell of somebody else's device.
-    let Some(top) = top_mount(&table, mountpoint).filter(|top| top.kind.starts_with("fuse")) else {
+    let Some(top) = fuse_mount(mountpoint) else {
         return;
     };
     let path = format!("/sys/class/bdi/{}/read_ahead_kb", top.device);
@@ -143,11 +139,18 @@ pub fn read_ahead(mountpoint: &Path, bytes: u32) {
     }
 }
 
+/// The FUSE mount on a path. Asks nobody who serves; where it was unmounted meanwhile, it does not
+/// tell of what lies below, as stat(2) would.
+pub fn fuse_mount(mountpoint: &Path) -> Option<Top> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    top_mount(&table, mountpoint).filter(|top| top.kind.starts_with("fuse"))
+}
+
 /// What is mounted exactly on a path.
 #[derive(Debug, Eq, PartialEq)]
-struct Top {
+pub struct Top {
     /// Major and minor number, as `8:1`.
-    device: String,
+    pub device: String,
     kind: String,
     source: String,
 }

@@ -19,6 +19,7 @@ use signal_hook::iterator::Signals;
 
 use crate::background::{self, BackgroundError};
 use crate::cli::Plan;
+use crate::guard::Guard;
 use crate::messages;
 use crate::places::{self, PlaceError, Places};
 use crate::stack::{self, StackError};
@@ -170,7 +171,9 @@ fn serve(
     unmount_on_signal(signals, server.unmounter(), config.mountpoint.clone())?;
     let log = log.map(File::try_clone).transpose().map_err(system)?;
     let answer = watch_start(config, server.unmounter(), detached, log)?;
+    let guard = Guard::start(&config.mountpoint);
     let ran = server.run();
+    drop(guard);
     // The thread can only have ended without a word by a panic, which it has told.
     if let Ok(Err(error)) = answer.recv() {
         return Err(error);

@@ -339,8 +339,7 @@ impl Mount {
     /// Ends the process at once; the dead mount stays, see [`detach`].
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        self.done = true;
+        self.wait();
     }
 }
 
@@ -348,8 +347,10 @@ impl Drop for Mount {
     fn drop(&mut self) {
         if !self.done {
             drop(self.child.kill());
-            drop(self.child.wait());
+            // A process that does not end must not keep the test that tells of it.
+            drop(Command::new("umount").arg("-f").arg(&self.dir).output());
             detach(&self.dir);
+            drop(self.child.wait());
         }
     }
 }

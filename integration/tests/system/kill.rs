@@ -1,11 +1,17 @@
 //! SIGKILL at a random moment of a storm: the journal is replayed by `e2fsck` and by our own next
 //! mount, nothing is damaged, and every byte whose `fsync` had returned is there.
 
+use std::fs::File;
+use std::io::Write;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use crate::common::{Image, STORM, assert_clean, count, detach, output, run, seed, text, tool};
+use rustix::fs::SeekFrom;
+
+use crate::common::{
+    Image, STORM, assert_clean, count, detach, is_root, output, run, seed, skip, text, tool,
+};
 use crate::need_fuse;
 
 /// One storm, one kill, all checks.
@@ -121,4 +127,35 @@ fn ext3_survives() {
 fn ext2_is_repaired_without_questions() {
     let name = "kill::ext2_is_repaired_without_questions";
     rounds(name, "-t ext2 -b 4096", 2, 20);
+}
+
+/// What was lost: everything that used the mount, for ever. A search for data makes the kernel write
+/// the file back first; a server killed meanwhile could not end for its thread that waited for that,
+/// nor could the connection.
+#[test]
+fn a_kill_while_the_kernel_writes_back_ends_all() {
+    need_fuse!("kill::a_kill_while_the_kernel_writes_back_ends_all");
+    if !is_root()
+        && std::fs::read_dir("/sys/fs/fuse/connections")
+            .map_or(true, |mut list| list.next().is_none())
+    {
+        return skip(
+            "kill::a_kill_while_the_kernel_writes_back_ends_all",
+            "no fusectl",
+        );
+    }
+    for _ in 0..count(5, 50) {
+        let image = Image::new("-t ext4", "128M");
+        let mut mount = image.mount("");
+        let mut file = File::create_new(mount.dir.join("file")).unwrap();
+        file.write_all(&vec![7; 40 << 20]).unwrap();
+        let seeks = std::thread::spawn(move || {
+            // Data, or the error of the connection's end.
+            rustix::fs::seek(&file, SeekFrom::Data(0)).ok();
+        });
+        sleep(Duration::from_millis(5));
+        mount.kill();
+        seeks.join().unwrap();
+        detach(&mount.dir);
+    }
 }
