@@ -22,7 +22,7 @@
 //!
 //! While a single client sends one request after the other, one special thread reads: see
 //! [`super::follow`] for why. It never waits in the kernel's `read`, only in `poll`, for a
-//! millisecond at most. What it must not do is hold up requests where it gets no processor. So the
+//! few milliseconds at most. What it must not do is hold up requests where it gets no processor. So the
 //! turn goes back to an ordinary reader when
 //!
 //! - the next request comes from somebody else, or does not come soon, or much data comes;
@@ -69,7 +69,7 @@ const LEFT_ALONE_MAX: Duration = Duration::from_secs(2);
 /// How long the companion waits for the next request.
 const COMPANION_WAIT: Timespec = Timespec {
     tv_sec: 0,
-    tv_nsec: 1_000_000,
+    tv_nsec: 10_000_000,
 };
 
 struct State {
