@@ -14,6 +14,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use memmap2::MmapMut;
 
@@ -154,20 +155,25 @@ impl PagePool {
     }
 
     /// After [`BlkError::NoMemory`], waits until a buffer of `len` bytes may be had: others may be
-    /// faster. The caller must hold nothing that the owners of buffers wait for.
+    /// faster. At most for `limit`, since buffers that hold a cache do not come back by themselves.
+    /// The caller must hold nothing that the owners of buffers wait for.
     ///
     /// # Errors
-    /// [`BlkError::NoMemory`] where nobody has a buffer of that class that could come back.
-    pub fn wait_for(&self, len: usize) -> Result<(), BlkError> {
+    /// [`BlkError::NoMemory`] where the time is over, or nobody has a buffer of that class.
+    pub fn wait_for(&self, len: usize, limit: Duration) -> Result<(), BlkError> {
         let class = class_of(len)?;
+        let deadline = Instant::now() + limit;
         let mut free = self.0.free[class].lock();
         while free.chunks.is_empty() {
             if free.live == 0 {
                 return Err(BlkError::NoMemory);
             }
             free.waiting += 1;
-            self.0.returned[class].wait(&mut free);
+            let woken = self.0.returned[class].wait_until(&mut free, deadline);
             free.waiting -= 1;
+            if !woken && free.chunks.is_empty() {
+                return Err(BlkError::NoMemory);
+            }
         }
         Ok(())
     }
@@ -430,6 +436,8 @@ impl fmt::Debug for Segment {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::{ALIGN, ARENA, BlkError, MAX_BUF, PagePool};
 
     #[test]
@@ -464,7 +472,7 @@ mod tests {
         let waits = {
             let pool = pool.clone();
             std::thread::spawn(move || {
-                pool.wait_for(MAX_BUF)?;
+                pool.wait_for(MAX_BUF, Duration::from_secs(60))?;
                 pool.alloc(MAX_BUF).map(drop)
             })
         };
@@ -475,7 +483,11 @@ mod tests {
         assert_eq!(waits.join().unwrap(), Ok(()));
         // A buffer that nobody has cannot come back.
         let _all = pool.alloc(MAX_BUF).unwrap();
-        assert_eq!(pool.wait_for(1), Err(BlkError::NoMemory));
+        let limit = Duration::from_secs(60);
+        assert_eq!(pool.wait_for(1, limit), Err(BlkError::NoMemory));
+        // One that stays is waited for in vain.
+        let limit = Duration::from_millis(1);
+        assert_eq!(pool.wait_for(MAX_BUF, limit), Err(BlkError::NoMemory));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
 use std::thread::{Builder, JoinHandle};
 
+use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use thread_priority::{
     NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy,
@@ -21,6 +22,9 @@ struct Start {
     body: Box<dyn FnOnce() + Send>,
     started: SyncSender<io::Result<JoinHandle<()>>>,
 }
+
+/// Processors of the process when a thread was lowered first.
+static ALL: OnceLock<CpuSet> = OnceLock::new();
 
 /// Leads to a thread that is neither bound nor lowered, once one was.
 static PLAIN: OnceLock<Sender<Start>> = OnceLock::new();
@@ -42,6 +46,10 @@ pub fn processors() -> u32 {
 /// # Errors
 /// Those of sched_setscheduler(2), and of starting a thread.
 pub fn lower() -> io::Result<()> {
+    if ALL.get().is_none() {
+        let all = sched_getaffinity(None)?;
+        ALL.get_or_init(|| all);
+    }
     if PLAIN.get().is_none() {
         let (sender, starts) = channel::<Start>();
         Builder::new().name("starter".into()).spawn(move || {
@@ -83,6 +91,29 @@ pub fn bind(cpu: usize) -> bool {
     bound
 }
 
+/// Ends what [`bind`] began.
+pub fn free() {
+    if BOUND.take().is_some() {
+        free_other(None);
+    }
+}
+
+/// Lets `thread`, or the calling one, run on all processors that the process had when a thread was
+/// lowered first.
+pub fn free_other(thread: Option<Pid>) {
+    let Some(all) = ALL.get() else { return };
+    if let Err(errno) = sched_setaffinity(thread, all) {
+        // It stays where it is: slower, not wrong.
+        log::debug!("the processors of a thread cannot be set: {errno}");
+    }
+}
+
+/// Whether the calling thread was lowered: it should do nothing that others wait for.
+#[must_use]
+pub fn is_lowered() -> bool {
+    LOWERED.get()
+}
+
 /// Starts a thread that is neither bound nor lowered, whoever calls.
 ///
 /// # Errors
@@ -108,7 +139,7 @@ pub fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<J
 mod tests {
     use rustix::thread::{sched_getaffinity, sched_getcpu};
 
-    use super::{bind, lower, spawn};
+    use super::{bind, free, lower, spawn};
 
     /// `SCHED_IDLE` in field 41 of `/proc/thread-self/stat`.
     fn is_idle() -> bool {
@@ -133,6 +164,8 @@ mod tests {
             });
             assert_eq!(told.recv().unwrap(), (false, all));
             child.unwrap().join().unwrap();
+            free();
+            assert_eq!(sched_getaffinity(None).unwrap(), all);
         })
         .join()
         .unwrap();

@@ -31,6 +31,9 @@ struct State<T> {
     lingering: usize,
     /// Items being handled.
     running: usize,
+    /// Items ended so far, and threads that wait for some number of them.
+    ended: u64,
+    flushing: usize,
     threads: Vec<JoinHandle<()>>,
     stop: bool,
 }
@@ -94,6 +97,8 @@ impl<T: Send + 'static> Workqueue<T> {
                     idle: 0,
                     lingering: 0,
                     running: 0,
+                    ended: 0,
+                    flushing: 0,
                     threads: Vec::new(),
                     stop: false,
                 },
@@ -137,6 +142,19 @@ impl<T: Send + 'static> Workqueue<T> {
         }
     }
 
+    /// Waits until as many items ended as wait or run now, which with one thread are just those.
+    /// What is queued meanwhile is not waited for.
+    pub fn flush(&self) {
+        assert_may_wait();
+        let mut state = self.inner.state.lock_nested();
+        let until = state.ended + (state.items.len() + state.running) as u64;
+        state.flushing += 1;
+        while state.ended < until {
+            self.inner.quiet.wait(&mut state);
+        }
+        state.flushing -= 1;
+    }
+
     /// Waits until all is done and ends the threads; what a drop does.
     pub fn destroy(self) {
         drop(self);
@@ -169,7 +187,8 @@ fn work<T>(inner: &Inner<T>) {
             }
             state = inner.state.lock_nested();
             state.running -= 1;
-            if state.items.is_empty() && state.running == 0 {
+            state.ended += 1;
+            if state.flushing > 0 || (state.items.is_empty() && state.running == 0) {
                 inner.quiet.notify_all();
             }
         } else if state.stop {

@@ -16,6 +16,9 @@ use crate::validator::{Validator, no_check};
 #[derive(Default)]
 pub(crate) struct ReadPad(SmallVec<[Arc<Inner>; 2]>);
 
+/// Errors of reads of others after which a read gives up without one of its own.
+const SHARED_ERRORS: u32 = 4;
+
 impl Cache {
     pub(crate) fn get(self: &Arc<Self>, block: u64) -> Option<Buffer> {
         self.probe_rank();
@@ -49,21 +52,28 @@ impl Cache {
     ) -> Result<Buffer, BufError> {
         self.check_range(block)?;
         self.shards.of(block).misses.fetch_add(1, Ordering::Relaxed);
+        let mut shared_errors = 0;
         loop {
-            let inner = match self.lookup(block) {
+            let (inner, own) = match self.lookup(block) {
                 // Failed before we came: its error is for those who waited for it.
                 Some(inner) if inner.phase() == Phase::Failed => {
                     self.remove(&inner);
                     continue;
                 }
-                Some(inner) => inner,
+                Some(inner) => (inner, false),
                 None => match self.start_read(block, validator)? {
-                    Some(inner) => inner,
+                    Some(inner) => (inner, true),
                     None => continue,
                 },
             };
-            if let Some(outcome) = self.settle(&inner, validator) {
-                return outcome.map(|()| self.hold(inner));
+            match self.settle(&inner, validator) {
+                // A prefetch reads many blocks at once; the error may be another block's.
+                Some(Err(BufError::Blk(_))) if !own && shared_errors < SHARED_ERRORS => {
+                    shared_errors += 1;
+                    self.remove(&inner);
+                }
+                Some(outcome) => return outcome.map(|()| self.hold(inner)),
+                None => {}
             }
         }
     }

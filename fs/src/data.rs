@@ -24,8 +24,10 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use std::time::Duration;
+
 use blockstack::direct_io::{Dio, DioDone, DirectIo, Extent, Mapping as DioMapping};
-use blockstack::sync::RwLockWriteGuard;
+use blockstack::sync::{RwLockWriteGuard, blocking};
 use blockstack::{
     BioFlags, BlkError, BlkResult, Buf, PagePool, Sector, SectorCount, flush_wait, read_wait,
 };
@@ -229,9 +231,22 @@ enum ReadError {
     },
 }
 
-/// Waits for a buffer of `bytes`. No lock may be held: the ends of writes take those of inodes.
-fn wait_for_memory(bytes: usize) -> FsResult {
-    Ok(PagePool::shared().wait_for(bytes)?)
+/// Tries after which a lack of memory is told to the caller, and the longest wait before each.
+const MEMORY_TRIES: u32 = 16;
+const MEMORY_WAIT: Duration = Duration::from_secs(10);
+
+/// Waits for a buffer of `bytes` before try number `tries`. No lock may be held: the ends of writes
+/// take those of inodes.
+fn wait_for_memory(bytes: usize, tries: u32) -> FsResult {
+    if tries > MEMORY_TRIES {
+        return Err(BlkError::NoMemory.into());
+    }
+    PagePool::shared().wait_for(bytes, MEMORY_WAIT)?;
+    if tries > 1 {
+        // It was something else that was missing; others get on meanwhile.
+        blocking(|| std::thread::sleep(Duration::from_millis(tries.into())));
+    }
+    Ok(())
 }
 
 impl Fs {
@@ -273,14 +288,14 @@ impl Fs {
 
     /// Reads up to `len` bytes at `offset` and answers, perhaps from another thread.
     pub fn read(self: &Arc<Self>, inode: &Arc<Inode>, offset: u64, len: u32, mut reply: ReadReply) {
-        loop {
+        for tries in 1.. {
             let (error, back) = match self.try_read(inode, offset, len, reply) {
                 Ok(()) => return,
                 Err(failed) => failed,
             };
             let again = match error {
                 ReadError::Failed(error) => Err(error),
-                ReadError::NoMemory { bytes } => wait_for_memory(bytes),
+                ReadError::NoMemory { bytes } => wait_for_memory(bytes, tries),
             };
             match again {
                 Ok(()) => reply = back,
@@ -431,6 +446,7 @@ impl Fs {
             }
         };
         let mut reclaimed = false;
+        let mut tries = 0;
         let prepared = loop {
             let prepared =
                 self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller);
@@ -445,7 +461,8 @@ impl Fs {
                 reclaimed = true;
                 self.reclaim()
             } else {
-                wait_for_memory((to - from) as usize * block_size as usize).map(|()| true)
+                tries += 1;
+                wait_for_memory((to - from) as usize * block_size as usize, tries).map(|()| true)
             };
             data = inode.data.write();
             match gained {

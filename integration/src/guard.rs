@@ -122,17 +122,22 @@ fn has_ended(pid: Pid) -> bool {
 }
 
 fn end(device: &OsString, mountpoint: &Path) -> ExitCode {
-    let stdin = stdin();
-    let owned = stdin.as_fd().try_clone_to_owned();
-    // Fails where the connection is gone, and for `/dev/null` does nothing.
-    let aborted = owned.and_then(|fd| File::from(fd).write_all(b"1"));
+    let stdin = stdin().as_fd().try_clone_to_owned().map(File::from);
+    let Ok(mut file) = stdin else {
+        return ExitCode::FAILURE;
+    };
+    // Not where there is `/dev/null` in the place of the file. Fails where the connection is gone.
+    let has_file = file.metadata().is_ok_and(|what| what.is_file());
+    if has_file {
+        return match file.write_all(b"1") {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_gone) => ExitCode::FAILURE,
+        };
+    }
     let still = places::fuse_mount(mountpoint).is_some_and(|top| top.device.as_str() == device);
-    if still && rustix::process::geteuid().is_root() {
-        // Ends the connection first; that somebody still stands in it is no matter.
+    if still {
+        // Ends the connection first; where somebody still stands in it, the mount stays.
         unmount(mountpoint, UnmountFlags::FORCE).ok();
     }
-    match aborted {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
-    }
+    ExitCode::SUCCESS
 }

@@ -77,6 +77,11 @@ impl Follow {
         row >= ROW
     }
 
+    /// A companion begins its turn.
+    pub(super) fn begin(&self) {
+        self.found.store(0, Ordering::Relaxed);
+    }
+
     /// Brings the calling companion to where its client is. `false` where that cannot be told.
     pub(super) fn go(&self, gap: Option<Duration>) -> bool {
         let since = self.since.load(Ordering::Relaxed).saturating_add(1);

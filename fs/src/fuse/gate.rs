@@ -35,8 +35,8 @@
 //! C: ........................-> read -> lookup -> (preempted by a compiler) ... answered -> stands by
 //! ```
 //!
-//! At most one request is late then, by [`WATCH`] and what the scheduler takes to give the companion
-//! the rest of it.
+//! What the companion holds then, an inode's lock or a handle of the journal, is late by [`WATCH`]
+//! and by what the scheduler takes to give it the rest of its request, on whatever processor.
 //!
 //! When the mount ends, reading fails for the thread that reads; its end wakes all others.
 
@@ -48,6 +48,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::Pid;
+use rustix::thread::gettid;
 
 use blockstack::sched;
 use blockstack::sync::{Condvar, Mutex, MutexGuard, Rank, WaitHook, set_wait_hook};
@@ -80,6 +82,7 @@ struct State {
     /// Threads that had a request. The others may still be in the kernel's `read`.
     seen: usize,
     companion: Companion,
+    companion_thread: Option<Pid>,
     /// Until when no companion reads, and how long that was made.
     left_alone: Option<(Instant, Duration)>,
     closing: bool,
@@ -91,6 +94,8 @@ enum Companion {
     Never,
     /// No thread became it yet.
     None,
+    /// It is about to stand by, or still busy with its last request.
+    Away,
     StandsBy,
     /// It reads.
     HasTurn,
@@ -124,6 +129,7 @@ impl Gate {
             standing_by: 0,
             seen: 0,
             companion,
+            companion_thread: None,
             left_alone: None,
             closing: false,
         };
@@ -178,7 +184,7 @@ impl Gate {
     /// To be called at the end of each request: stands by while enough others read.
     pub(super) fn leave(&self) {
         if COMPANION.get() {
-            self.leave_companion();
+            self.run_companion(SUITS.get());
             return;
         }
         self.stand_by();
@@ -214,7 +220,7 @@ impl Gate {
         } else {
             state.active -= 1;
             if state.companion == Companion::None && state.seen == self.threads {
-                state.companion = Companion::StandsBy;
+                state.companion = Companion::Away;
                 self.become_companion(state);
                 return;
             }
@@ -237,7 +243,9 @@ impl Gate {
             begun = self.begun.load(Ordering::Relaxed);
             let idle = self.polls.load(Ordering::Relaxed) && !self.has_request();
             if begun == before && !idle {
-                state.companion = Companion::StandsBy;
+                state.companion = Companion::Away;
+                // It may run wherever somebody has nothing to do, to end what it began.
+                sched::free_other(state.companion_thread);
                 state.active -= 1;
                 let before = state.left_alone.map_or(Duration::ZERO, |(_, long)| long);
                 let long = (before * 2).clamp(LEFT_ALONE, LEFT_ALONE_MAX);
@@ -277,47 +285,73 @@ impl Gate {
             return;
         }
         COMPANION.set(true);
-        self.companion_stands_by(self.state.lock_nested());
+        self.state.lock_nested().companion_thread = Some(gettid());
+        self.run_companion(false);
     }
 
-    fn companion_stands_by(&self, mut state: MutexGuard<'_, State>) {
-        while state.companion != Companion::HasTurn && !state.closing {
-            self.wake_companion.wait_quietly(&mut state);
-        }
-        LEFT.set(Some(Instant::now()));
-    }
-
-    /// The end of a request of the companion.
-    fn leave_companion(&self) {
-        if SUITS.get() {
+    /// Returns when there is a request to read and the companion has the turn; `keeps_turn` says
+    /// whether it should keep the one it may have.
+    fn run_companion(&self, mut keeps_turn: bool) {
+        loop {
             LEFT.set(Some(Instant::now()));
-            self.polls.store(true, Ordering::Relaxed);
-            let ready = match self.connection.get() {
-                Some(connection) => {
-                    let mut fds = [PollFd::new(connection, PollFlags::IN)];
-                    // An error is seen by the read that follows.
-                    !matches!(poll(&mut fds, Some(&COMPANION_WAIT)), Ok(0))
-                }
-                None => false,
-            };
-            self.polls.store(false, Ordering::Relaxed);
-            if ready {
-                let state = self.state.lock_nested();
-                if state.companion == Companion::HasTurn || state.closing {
-                    return;
-                }
+            if keeps_turn && self.has_turn() && self.request_comes() && self.has_turn() {
+                return;
             }
+            let mut state = self.state.lock_nested();
+            if state.closing {
+                return;
+            }
+            if state.companion == Companion::HasTurn {
+                self.take_turn_back(&mut state);
+            }
+            drop(state);
+            sched::free();
+            let mut state = self.state.lock_nested();
+            state.companion = Companion::StandsBy;
+            while state.companion != Companion::HasTurn && !state.closing {
+                self.wake_companion.wait_quietly(&mut state);
+            }
+            self.follow.begin();
+            keeps_turn = true;
+        }
+    }
+
+    /// Whether the companion has the turn, or all is over.
+    fn has_turn(&self) -> bool {
+        let state = self.state.lock_nested();
+        state.companion == Companion::HasTurn || state.closing
+    }
+
+    /// Waits for the next request, but not for long.
+    fn request_comes(&self) -> bool {
+        let Some(connection) = self.connection.get() else {
+            return false;
+        };
+        let mut fds = [PollFd::new(connection, PollFlags::IN)];
+        self.polls.store(true, Ordering::Relaxed);
+        // An error is seen by the read that follows.
+        let comes = !matches!(poll(&mut fds, Some(&COMPANION_WAIT)), Ok(0));
+        self.polls.store(false, Ordering::Relaxed);
+        comes
+    }
+
+    /// To be called after a request that needs no answer, and so neither [`Self::enter`] nor
+    /// [`Self::leave`]: the companion must not wait in the kernel's `read` for the next.
+    pub(super) fn after_forget(&self) {
+        if !COMPANION.get() || self.has_request() {
+            return;
         }
         let mut state = self.state.lock_nested();
         if state.companion == Companion::HasTurn {
             self.take_turn_back(&mut state);
+            drop(state);
+            sched::free();
         }
-        self.companion_stands_by(state);
     }
 
     /// For the companion, which has the turn.
     fn take_turn_back(&self, state: &mut State) {
-        state.companion = Companion::StandsBy;
+        state.companion = Companion::Away;
         state.left_alone = None;
         state.active -= 1;
         if state.active < self.loops && state.standing_by > 0 {

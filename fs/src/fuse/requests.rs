@@ -281,9 +281,10 @@ impl Filesystem for Requests {
         }
     }
 
-    fn forget(&self, request: &Request, node: INodeNo, nlookup: u64) {
-        let _turn = self.turn(request);
+    fn forget(&self, _: &Request, node: INodeNo, nlookup: u64) {
+        // Several come in one request, and nobody waits for them: no turn of its own for each.
         self.fs.forget(ino(node), nlookup);
+        self.gate.after_forget();
     }
 
     fn getattr(&self, request: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {

@@ -123,7 +123,7 @@ impl Fs {
     pub(crate) fn reclaim(&self) -> FsResult<bool> {
         let doomed = self.evictions.as_ref().filter(|queue| queue.pending() > 0);
         if let Some(evictions) = doomed {
-            evictions.drain();
+            evictions.flush();
         }
         if self.alloc.pending_blocks() > 0 {
             self.journal.commit_all()?;

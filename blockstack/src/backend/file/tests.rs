@@ -159,6 +159,28 @@ fn more_bios_than_slots_all_end() {
 }
 
 #[test]
+fn bios_of_a_lowered_thread_are_sent_by_another() {
+    let file = image(1 << 20);
+    let options = OpenOptions {
+        engine: Engine::Uring,
+        inline: false,
+        ..OpenOptions::default()
+    };
+    let dev: DynDevice = FileDisk::open(file.path(), options).unwrap();
+    let lowered = std::thread::spawn(move || {
+        crate::sched::lower().unwrap();
+        for sector in 0..200 {
+            let mut buf = PagePool::shared().alloc(512).unwrap();
+            buf.fill(sector as u8);
+            let buf = write_wait(&dev, Sector::new(sector), buf, BioFlags::empty()).unwrap();
+            let buf = read_wait(&dev, Sector::new(sector), buf).unwrap();
+            assert!(buf.iter().all(|&byte| byte == sector as u8));
+        }
+    });
+    lowered.join().unwrap();
+}
+
+#[test]
 fn bios_of_a_thread_that_ends_are_done() {
     let file = image(1 << 20);
     let dev: DynDevice = FileDisk::open(file.path(), OpenOptions::default()).unwrap();

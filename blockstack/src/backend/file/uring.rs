@@ -4,18 +4,23 @@
 //! plugged). A reaper thread takes completions, queues what a request needs next, and ends bios.
 //! At most `depth` requests are in flight; what comes beyond waits in a list, in order.
 //!
+//! A [lowered](crate::sched::lower) thread does not enter the ring: the system would report the ends
+//! of its calls through it, and have those that must wait done by threads as low. It nudges the
+//! reaper, which enters what is queued.
+//!
 //! Ownership: a slot holds its bio, and so the memory its call names, from the moment the call is
 //! queued until its completion was reaped. The reaper holds the engine, and leaves only when no
 //! slot is taken.
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
+use rustix::event::{EventfdFlags, eventfd};
 
 use super::request::{Request, Step, Via};
 use super::{Files, finish};
@@ -26,6 +31,8 @@ use crate::sync::{Mutex, Rank};
 
 /// `user_data` of the call that tells the reaper to look whether it should stop.
 const WAKE: u64 = u64::MAX;
+/// `user_data` of the poll for nudges.
+const NUDGE: u64 = u64::MAX - 1;
 /// Places of the descriptors in the ring's table.
 const DIRECT: types::Fixed = types::Fixed(0);
 const CACHED: types::Fixed = types::Fixed(1);
@@ -44,6 +51,7 @@ pub(super) struct Uring {
     busy: AtomicUsize,
     ring: IoUring,
     files: Arc<Files>,
+    nudge: OwnedFd,
 }
 
 impl Uring {
@@ -52,10 +60,11 @@ impl Uring {
         files: Arc<Files>,
         depth: u32,
     ) -> io::Result<(Arc<Self>, std::thread::JoinHandle<()>)> {
-        // One entry more than slots, for the wake-up call.
+        // More entries than slots, for the wake-up call and the poll for nudges.
         let ring = IoUring::builder()
             .dontfork()
-            .build((depth + 1).next_power_of_two())?;
+            .build((depth + 2).next_power_of_two())?;
+        let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let direct = files.fd(Via::Direct);
         let cached = files.fd(Via::Cached);
         let fds: [RawFd; 2] = [direct, cached];
@@ -73,7 +82,12 @@ impl Uring {
             busy: AtomicUsize::new(0),
             ring,
             files,
+            nudge,
         });
+        {
+            let _state = engine.state.lock();
+            engine.await_nudge();
+        }
         let reaper = engine.clone();
         let thread = std::thread::Builder::new()
             .name("blk-reaper".into())
@@ -196,7 +210,7 @@ impl Uring {
                 Ok(()) => return,
                 // A slot has one call at most and the ring has more entries than slots, so it is
                 // full only of calls that were not entered yet.
-                Err(_full) => self.kick(),
+                Err(_full) => self.enter(),
             }
         }
     }
@@ -213,6 +227,11 @@ impl Uring {
                 #[expect(unsafe_code, reason = "the ring is shared, this end is the reaper's")]
                 let completions = unsafe { self.ring.completion_shared() };
                 for completion in completions {
+                    if completion.user_data() == NUDGE {
+                        self.take_nudge();
+                        queued = true;
+                        continue;
+                    }
                     let Ok(slot) = u32::try_from(completion.user_data()) else {
                         continue;
                     };
@@ -270,6 +289,35 @@ impl Uring {
         queued
     }
 
+    /// Queues the poll for the next nudge; the caller holds the queue lock.
+    fn await_nudge(&self) {
+        let fd = types::Fd(self.nudge.as_raw_fd());
+        let poll = opcode::PollAdd::new(fd, libc::POLLIN as u32).build();
+        self.push(&poll.user_data(NUDGE));
+    }
+
+    /// For the reaper, which enters what is queued after this; the caller holds the queue lock.
+    fn take_nudge(&self) {
+        let mut count = [0; 8];
+        // Nothing to read is no harm: an entry more than is needed.
+        rustix::io::read(&self.nudge, &mut count).ok();
+        self.await_nudge();
+    }
+
+    /// Enters what is queued.
+    fn enter(&self) {
+        loop {
+            match self.ring.submit() {
+                Ok(_) => return,
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                Err(error) => {
+                    // The reaper's next wait enters what is queued; wake it where it sleeps.
+                    self.trouble(&error);
+                }
+            }
+        }
+    }
+
     /// Sleeps until there is a completion.
     fn wait(&self) {
         if let Err(error) = self.ring.submit_and_wait(1) {
@@ -292,15 +340,11 @@ impl Uring {
 
 impl Kick for Uring {
     fn kick(&self) {
-        loop {
-            match self.ring.submit() {
-                Ok(_) => return,
-                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-                Err(error) => {
-                    // The reaper's next wait enters what is queued; wake it where it sleeps.
-                    self.trouble(&error);
-                }
-            }
+        // Any number will do; where the sum of many that nobody took yet is too large, so will none.
+        let number = [1, 0, 0, 0, 0, 0, 0, 0];
+        let nudged = crate::sched::is_lowered() && rustix::io::write(&self.nudge, &number).is_ok();
+        if !nudged {
+            self.enter();
         }
     }
 }
