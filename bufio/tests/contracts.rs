@@ -467,6 +467,30 @@ fn prefetch_drops_what_it_cannot_have() {
     assert!(client.stats().buffers <= 65, "stays under the limit");
 }
 
+/// What was lost: the 31 good blocks of an inode table around a bad sector, whose reader had waited
+/// for the read ahead of all of them.
+#[test]
+fn a_bad_sector_spoils_no_block_that_was_read_with_it() {
+    let (disk, client) = rig(64);
+    disk.set(|state| {
+        state.hold_reads = true;
+        state.bytes[4 * 1024] = 7;
+        state.bad_reads.insert(12);
+    });
+    client.prefetch(4, 3);
+    disk.wait_held(1);
+    let misses = client.stats().misses;
+    std::thread::scope(|scope| {
+        let reads = scope.spawn(|| client.read(4, no_check()).map(|block| block.data()[0]));
+        while client.stats().misses == misses {
+            std::thread::yield_now();
+        }
+        disk.open();
+        assert_eq!(reads.join().unwrap(), Ok(7));
+    });
+    assert!(client.read(6, no_check()).is_err());
+}
+
 #[test]
 fn a_failing_prefetch_leaves_nothing() {
     let (disk, client) = rig(64);
