@@ -5,15 +5,16 @@
 //! threads that may be started by one are started by [`spawn`], which lets another do it.
 
 use std::cell::Cell;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
 use std::thread::{Builder, JoinHandle};
 
 use rustix::process::Pid;
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::thread::{CpuSet, gettid, sched_getaffinity, sched_setaffinity};
 use thread_priority::{
-    NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy,
+    NormalThreadSchedulePolicy, ThreadId, ThreadPriority, ThreadSchedulePolicy,
     set_thread_priority_and_policy, thread_native_id,
 };
 
@@ -40,12 +41,44 @@ pub fn processors() -> u32 {
     sched_getaffinity(None).map_or(1, |set| set.count())
 }
 
-/// Makes the calling thread one that runs only where no other thread wants to, for ever: without
-/// privileges the kernel lets nobody come back.
+/// How many threads of the system run or want to, as `/proc/loadavg` tells it.
+#[must_use]
+pub fn runnable() -> Option<u32> {
+    let mut text = [0; 128];
+    let len = File::open("/proc/loadavg")
+        .and_then(|mut file| file.read(&mut text))
+        .ok()?;
+    let text = std::str::from_utf8(&text[..len]).ok()?;
+    let (running, _all) = text.split(' ').nth(3)?.split_once('/')?;
+    running.parse().ok()
+}
+
+/// A thread that was lowered.
+#[derive(Clone, Copy, Debug)]
+pub struct Lowered {
+    thread: Pid,
+    handle: ThreadId,
+}
+
+impl Lowered {
+    /// Lets the thread run on all processors that the process had when a thread was lowered first,
+    /// and, where the system allows that, as urgently as others, until it is lowered again.
+    pub fn raise(&self) {
+        free_thread(Some(self.thread));
+        let normal = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Other);
+        if let Err(error) = set_thread_priority_and_policy(self.handle, ThreadPriority::Min, normal)
+        {
+            log::debug!("a thread stays as low as it is: {error:?}");
+        }
+    }
+}
+
+/// Makes the calling thread one that runs only where no other thread wants to. Without privileges
+/// that is for ever: the kernel lets nobody come back.
 ///
 /// # Errors
 /// Those of sched_setscheduler(2), and of starting a thread.
-pub fn lower() -> io::Result<()> {
+pub fn lower() -> io::Result<Lowered> {
     if ALL.get().is_none() {
         let all = sched_getaffinity(None)?;
         ALL.get_or_init(|| all);
@@ -70,7 +103,10 @@ pub fn lower() -> io::Result<()> {
     set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, idle)
         .map_err(|error| io::Error::other(format!("{error:?}")))?;
     LOWERED.set(true);
-    Ok(())
+    Ok(Lowered {
+        thread: gettid(),
+        handle: thread_native_id(),
+    })
 }
 
 /// Binds the calling thread, which must have been [lowered](lower), to processor `cpu`, and says
@@ -94,13 +130,11 @@ pub fn bind(cpu: usize) -> bool {
 /// Ends what [`bind`] began.
 pub fn free() {
     if BOUND.take().is_some() {
-        free_other(None);
+        free_thread(None);
     }
 }
 
-/// Lets `thread`, or the calling one, run on all processors that the process had when a thread was
-/// lowered first.
-pub fn free_other(thread: Option<Pid>) {
+fn free_thread(thread: Option<Pid>) {
     let Some(all) = ALL.get() else { return };
     if let Err(errno) = sched_setaffinity(thread, all) {
         // It stays where it is: slower, not wrong.
@@ -139,13 +173,34 @@ pub fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<J
 mod tests {
     use rustix::thread::{sched_getaffinity, sched_getcpu};
 
-    use super::{bind, free, lower, spawn};
+    use super::{bind, free, lower, runnable, spawn};
 
     /// `SCHED_IDLE` in field 41 of `/proc/thread-self/stat`.
     fn is_idle() -> bool {
         let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
         let fields = stat.rsplit(')').next().unwrap();
         fields.split_whitespace().nth(41 - 3) == Some("5")
+    }
+
+    #[test]
+    fn this_thread_at_least_is_runnable() {
+        assert!(runnable().is_some_and(|running| running >= 1));
+    }
+
+    #[test]
+    fn a_raised_thread_runs_everywhere() {
+        let all = sched_getaffinity(None).unwrap();
+        std::thread::spawn(move || {
+            let lowered = lower().unwrap();
+            assert!(bind(sched_getcpu()));
+            std::thread::spawn(move || lowered.raise()).join().unwrap();
+            assert_eq!(sched_getaffinity(None).unwrap(), all);
+            // Where the system allowed it, again.
+            lower().unwrap();
+            assert!(is_idle());
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

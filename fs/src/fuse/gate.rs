@@ -27,16 +27,18 @@
 //!
 //! - the next request comes from somebody else, or does not come soon, or much data comes;
 //! - the companion has to wait for anything;
+//! - more threads want to run than there are processors;
 //! - the thread that gave it the turn, and looks every [`WATCH`], sees that it did not get on since
-//!   it looked last. Then no companion reads for a while.
+//!   it looked last. Then no companion reads for a while, twice as long each time.
 //!
 //! ```text
 //! A: getattr -> answered, gives the turn ---- watches ---- watches: no progress -> read -> ...
 //! C: ........................-> read -> lookup -> (preempted by a compiler) ... answered -> stands by
 //! ```
 //!
-//! What the companion holds then, an inode's lock or a handle of the journal, is late by [`WATCH`]
-//! and by what the scheduler takes to give it the rest of its request, on whatever processor.
+//! What the companion holds then, an inode's lock or a handle of the journal, is late by [`WATCH`];
+//! and where the system does not allow to raise it again (it does for root), by what the scheduler
+//! takes to give it the rest of its request, some tenths of a second at worst.
 //!
 //! When the mount ends, reading fails for the thread that reads; its end wakes all others.
 
@@ -48,10 +50,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::Pid;
-use rustix::thread::gettid;
 
-use blockstack::sched;
+use blockstack::sched::{self, Lowered};
 use blockstack::sync::{Condvar, Mutex, MutexGuard, Rank, WaitHook, set_wait_hook};
 
 use super::follow::Follow;
@@ -65,9 +65,13 @@ const SOON_MAX: u32 = 8;
 
 /// How often it is looked whether the companion gets on.
 const WATCH: Duration = Duration::from_millis(4);
+/// Requests in that time from which on it does: a tenth of what it does where nobody disturbs it.
+const GETS_ON: u64 = 20;
 /// How long no companion reads after one that did not get on: twice as long each time in a row.
 const LEFT_ALONE: Duration = Duration::from_millis(32);
-const LEFT_ALONE_MAX: Duration = Duration::from_secs(2);
+const LEFT_ALONE_MAX: Duration = Duration::from_secs(4);
+/// A turn that lasted so long tells that it is fine again.
+const LONG_TURN: Duration = Duration::from_millis(250);
 /// How long the companion waits for the next request.
 const COMPANION_WAIT: Timespec = Timespec {
     tv_sec: 0,
@@ -82,9 +86,11 @@ struct State {
     /// Threads that had a request. The others may still be in the kernel's `read`.
     seen: usize,
     companion: Companion,
-    companion_thread: Option<Pid>,
+    companion_thread: Option<Lowered>,
     /// Until when no companion reads, and how long that was made.
     left_alone: Option<(Instant, Duration)>,
+    /// When the companion was given the turn last.
+    turn_since: Instant,
     closing: bool,
 }
 
@@ -131,6 +137,7 @@ impl Gate {
             companion,
             companion_thread: None,
             left_alone: None,
+            turn_since: Instant::now(),
             closing: false,
         };
         Arc::new(Self {
@@ -210,10 +217,11 @@ impl Gate {
         if state.closing {
             return;
         }
-        let gives_turn = SUITS.get() && self.may_give_turn(&state);
+        let gives_turn = SUITS.get() && self.may_give_turn(&mut state);
         if gives_turn {
             // The companion counts as active in the place of this thread.
             state.companion = Companion::HasTurn;
+            state.turn_since = Instant::now();
             self.wake_companion.notify_one();
         } else if state.active <= self.loops {
             return;
@@ -241,11 +249,13 @@ impl Gate {
             }
             let before = begun;
             begun = self.begun.load(Ordering::Relaxed);
+            // This thread runs, too, and now and then one that writes what was gathered.
+            let spare = has_spare(2);
             let idle = self.polls.load(Ordering::Relaxed) && !self.has_request();
-            if begun == before && !idle {
+            if (begun - before < GETS_ON && !idle) || !spare {
                 state.companion = Companion::Away;
-                // It may run wherever somebody has nothing to do, to end what it began.
-                sched::free_other(state.companion_thread);
+                // To end what it began.
+                state.companion_thread.iter().for_each(Lowered::raise);
                 state.active -= 1;
                 let before = state.left_alone.map_or(Duration::ZERO, |(_, long)| long);
                 let long = (before * 2).clamp(LEFT_ALONE, LEFT_ALONE_MAX);
@@ -256,12 +266,22 @@ impl Gate {
         state.active += 1;
     }
 
-    fn may_give_turn(&self, state: &State) -> bool {
-        state.companion == Companion::StandsBy
-            && state.active == self.loops
-            && state
-                .left_alone
-                .is_none_or(|(until, _)| Instant::now() >= until)
+    fn may_give_turn(&self, state: &mut State) -> bool {
+        if state.companion != Companion::StandsBy || state.active != self.loops {
+            return false;
+        }
+        let now = Instant::now();
+        if state.left_alone.is_some_and(|(until, _)| now < until) {
+            return false;
+        }
+        // This thread and the client.
+        let spare = has_spare(0);
+        if !spare {
+            // To look costs as much as a request.
+            let long = state.left_alone.map_or(Duration::ZERO, |(_, long)| long);
+            state.left_alone = Some((now + LEFT_ALONE, long));
+        }
+        spare
     }
 
     fn has_request(&self) -> bool {
@@ -275,18 +295,21 @@ impl Gate {
     /// Stands by as the companion until it has the turn.
     fn become_companion(&self, state: MutexGuard<'_, State>) {
         drop(state);
-        if let Err(error) = sched::lower() {
-            log::debug!("no thread of low urgency: {error}");
-            let mut state = self.state.lock_nested();
-            state.companion = Companion::Never;
-            state.active += 1;
-            drop(state);
-            self.stand_by();
-            return;
+        match sched::lower() {
+            Ok(lowered) => {
+                COMPANION.set(true);
+                self.state.lock_nested().companion_thread = Some(lowered);
+                self.run_companion(false);
+            }
+            Err(error) => {
+                log::debug!("no thread of low urgency: {error}");
+                let mut state = self.state.lock_nested();
+                state.companion = Companion::Never;
+                state.active += 1;
+                drop(state);
+                self.stand_by();
+            }
         }
-        COMPANION.set(true);
-        self.state.lock_nested().companion_thread = Some(gettid());
-        self.run_companion(false);
     }
 
     /// Returns when there is a request to read and the companion has the turn; `keeps_turn` says
@@ -306,6 +329,10 @@ impl Gate {
             }
             drop(state);
             sched::free();
+            // Where it was raised meanwhile.
+            if let Err(error) = sched::lower() {
+                log::debug!("a thread stays as urgent as it is: {error}");
+            }
             let mut state = self.state.lock_nested();
             state.companion = Companion::StandsBy;
             while state.companion != Companion::HasTurn && !state.closing {
@@ -352,7 +379,9 @@ impl Gate {
     /// For the companion, which has the turn.
     fn take_turn_back(&self, state: &mut State) {
         state.companion = Companion::Away;
-        state.left_alone = None;
+        if state.turn_since.elapsed() >= LONG_TURN {
+            state.left_alone = None;
+        }
         state.active -= 1;
         if state.active < self.loops && state.standing_by > 0 {
             self.wake.notify_one();
@@ -387,6 +416,11 @@ impl Gate {
         self.wake.notify_all();
         self.wake_companion.notify_all();
     }
+}
+
+/// Whether no more threads want to run than there are processors and `besides`.
+fn has_spare(besides: u32) -> bool {
+    sched::runnable().is_some_and(|running| running <= sched::processors() + besides)
 }
 
 struct Hook(Arc<Gate>);
