@@ -23,11 +23,10 @@
 //! While a single client sends one request after the other, one special thread reads: see
 //! [`super::follow`] for why. It never waits in the kernel's `read`, only in `poll`, for a
 //! few milliseconds at most. What it must not do is hold up requests where it gets no processor. So the
-//! turn goes back to an ordinary reader when
+//! turn is given only where there are processors to spare, and goes back to an ordinary reader when
 //!
 //! - the next request comes from somebody else, or does not come soon, or much data comes;
 //! - the companion has to wait for anything;
-//! - more threads want to run than there are processors;
 //! - the thread that gave it the turn, and looks every [`WATCH`], sees that it did not get on since
 //!   it looked last. Then no companion reads for a while, twice as long each time.
 //!
@@ -89,9 +88,19 @@ struct State {
     companion_thread: Option<Lowered>,
     /// Until when no companion reads, and how long that was made.
     left_alone: Option<(Instant, Duration)>,
-    /// When the companion was given the turn last.
+    /// When the companion was given the turn last, and what [`Gate::begun`] was then.
     turn_since: Instant,
+    turn_begun: u64,
     closing: bool,
+}
+
+impl State {
+    /// After a turn in which the companion did not get on.
+    fn leave_alone(&mut self) {
+        let before = self.left_alone.map_or(Duration::ZERO, |(_, long)| long);
+        let long = (before * 2).clamp(LEFT_ALONE, LEFT_ALONE_MAX);
+        self.left_alone = Some((Instant::now() + long, long));
+    }
 }
 
 #[derive(Clone, Copy, Eq, PartialEq)]
@@ -120,11 +129,17 @@ pub(super) struct Gate {
     /// Requests begun, and whether the companion waits for one: what the watching thread sees.
     begun: AtomicU64,
     polls: AtomicBool,
+    /// [`has_spare`], but in tests.
+    has_spare: fn() -> bool,
 }
 
 impl Gate {
     /// `loops` of `threads` read at a time.
     pub(super) fn new(loops: usize, threads: usize) -> Arc<Self> {
+        Self::with_spare(loops, threads, has_spare)
+    }
+
+    fn with_spare(loops: usize, threads: usize, has_spare: fn() -> bool) -> Arc<Self> {
         let companion = if loops == 1 && sched::processors() > 1 {
             Companion::None
         } else {
@@ -138,6 +153,7 @@ impl Gate {
             companion_thread: None,
             left_alone: None,
             turn_since: Instant::now(),
+            turn_begun: 0,
             closing: false,
         };
         Arc::new(Self {
@@ -150,6 +166,7 @@ impl Gate {
             follow: Follow::default(),
             begun: AtomicU64::new(0),
             polls: AtomicBool::new(false),
+            has_spare,
         })
     }
 
@@ -222,6 +239,7 @@ impl Gate {
             // The companion counts as active in the place of this thread.
             state.companion = Companion::HasTurn;
             state.turn_since = Instant::now();
+            state.turn_begun = self.begun.load(Ordering::Relaxed);
             self.wake_companion.notify_one();
         } else if state.active <= self.loops {
             return;
@@ -249,17 +267,13 @@ impl Gate {
             }
             let before = begun;
             begun = self.begun.load(Ordering::Relaxed);
-            // This thread runs, too, and now and then one that writes what was gathered.
-            let spare = has_spare(2);
             let idle = self.polls.load(Ordering::Relaxed) && !self.has_request();
-            if (begun - before < GETS_ON && !idle) || !spare {
+            if begun - before < GETS_ON && !idle {
                 state.companion = Companion::Away;
                 // To end what it began.
                 state.companion_thread.iter().for_each(Lowered::raise);
                 state.active -= 1;
-                let before = state.left_alone.map_or(Duration::ZERO, |(_, long)| long);
-                let long = (before * 2).clamp(LEFT_ALONE, LEFT_ALONE_MAX);
-                state.left_alone = Some((Instant::now() + long, long));
+                state.leave_alone();
             }
         }
         state.standing_by -= 1;
@@ -274,12 +288,11 @@ impl Gate {
         if state.left_alone.is_some_and(|(until, _)| now < until) {
             return false;
         }
-        // This thread and the client.
-        let spare = has_spare(0);
+        let spare = (self.has_spare)();
         if !spare {
             // To look costs as much as a request.
             let long = state.left_alone.map_or(Duration::ZERO, |(_, long)| long);
-            state.left_alone = Some((now + LEFT_ALONE, long));
+            state.left_alone = Some((now + WATCH, long));
         }
         spare
     }
@@ -379,7 +392,14 @@ impl Gate {
     /// For the companion, which has the turn.
     fn take_turn_back(&self, state: &mut State) {
         state.companion = Companion::Away;
-        if state.turn_since.elapsed() >= LONG_TURN {
+        // Without the time in which nothing came.
+        let end = LEFT.get().unwrap_or_else(Instant::now);
+        let lasted = end.saturating_duration_since(state.turn_since);
+        let served = self.begun.load(Ordering::Relaxed) - state.turn_begun;
+        let expected = GETS_ON as f64 * lasted.as_secs_f64() / WATCH.as_secs_f64();
+        if lasted > WATCH / 2 && (served as f64) < expected {
+            state.leave_alone();
+        } else if lasted >= LONG_TURN {
             state.left_alone = None;
         }
         state.active -= 1;
@@ -418,9 +438,9 @@ impl Gate {
     }
 }
 
-/// Whether no more threads want to run than there are processors and `besides`.
-fn has_spare(besides: u32) -> bool {
-    sched::runnable().is_some_and(|running| running <= sched::processors() + besides)
+/// Whether no more threads want to run than there are processors.
+fn has_spare() -> bool {
+    sched::runnable().is_some_and(|running| running <= sched::processors())
 }
 
 struct Hook(Arc<Gate>);
@@ -531,7 +551,7 @@ mod tests {
         }
         let (pipe, requests) = rustix::pipe::pipe().unwrap();
         let (pipe, mut requests) = (File::from(pipe), File::from(requests));
-        let gate = Gate::new(1, 3);
+        let gate = Gate::with_spare(1, 3, || true);
         gate.set_connection(pipe.try_clone().unwrap().into());
         let (answer, answers) = channel();
         let done = Arc::new(AtomicUsize::new(0));
