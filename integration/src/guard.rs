@@ -7,7 +7,7 @@
 //! write back first, and so waits there.)
 //!
 //! So a small process waits for the end of the server's first thread, and ends the connection from
-//! outside: through the file that the kernel has for that, or, for root, by a forced unmount. It
+//! outside: through the file that the kernel has for that, or, for root, as a forced unmount does. It
 //! opens that file at the start; a later connection of the same number is not reached through it.
 
 use std::ffi::OsString;
@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, getpid, getppid, setsid};
 use signal_hook::consts::SIGTERM;
@@ -134,9 +135,14 @@ fn end(device: &OsString, mountpoint: &Path) -> ExitCode {
             Err(_gone) => ExitCode::FAILURE,
         };
     }
+    // A forced unmount ends the connection first. The mount itself shall stay, dead, as after any
+    // SIGKILL: whoever goes on to write by its path must not write into the directory below. So it
+    // is kept busy.
+    let Ok(_busy) = open(mountpoint, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) else {
+        return ExitCode::FAILURE;
+    };
     let still = places::fuse_mount(mountpoint).is_some_and(|top| top.device.as_str() == device);
     if still {
-        // Ends the connection first; where somebody still stands in it, the mount stays.
         unmount(mountpoint, UnmountFlags::FORCE).ok();
     }
     ExitCode::SUCCESS
