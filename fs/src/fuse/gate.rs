@@ -21,9 +21,10 @@
 //! # The companion
 //!
 //! While a single client sends one request after the other, one special thread reads: see
-//! [`super::follow`] for why. It never waits in the kernel's `read`, only in `poll`, for a
-//! few milliseconds at most. What it must not do is hold up requests where it gets no processor. So the
-//! turn is given only where there are processors to spare, and goes back to an ordinary reader when
+//! [`super::follow`] for why. It waits in `poll`, for a few milliseconds at most, so that it does not
+//! wait in the kernel's `read`. What it must not do is hold up requests where it gets no processor.
+//! So the turn is given only where there are processors to spare, and goes back to an ordinary
+//! reader when
 //!
 //! - the next request comes from somebody else, or does not come soon, or much data comes;
 //! - the companion has to wait for anything;
