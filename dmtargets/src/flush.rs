@@ -14,7 +14,7 @@ use blockstack::{
 };
 use smallvec::SmallVec;
 
-use crate::mapped::{Live, finish, release};
+use crate::mapped::{LiveRef, again, finish, release};
 use crate::table::TableRow;
 use crate::target::FlushRoute;
 
@@ -44,7 +44,7 @@ struct Join {
 #[derive(Default)]
 struct JoinState {
     parent: Option<Bio>,
-    live: Option<Arc<Live>>,
+    live: Option<LiveRef>,
     error: Option<BlkError>,
 }
 
@@ -113,7 +113,7 @@ impl FlushPlan {
         self.try_alloc(Wait::Yes)
     }
 
-    fn join(&self, left: usize, parent: Bio, live: Arc<Live>) -> Arc<Join> {
+    fn join(&self, left: usize, parent: Bio, live: LiveRef) -> Arc<Join> {
         let spare = self.spare.lock_nested().pop();
         let join = spare.unwrap_or_else(|| {
             Arc::new(Join {
@@ -132,7 +132,7 @@ impl FlushPlan {
 }
 
 /// Flushes everything below for `parent`, and then does its write where it has data.
-pub(crate) fn fan_out(live: &Arc<Live>, parent: Bio) {
+pub(crate) fn fan_out(live: &LiveRef, parent: Bio) {
     let plan = &live.bound.flush;
     if live.bound.rows.is_empty() {
         parent.complete(Err(BlkError::NoDevice));
@@ -143,11 +143,11 @@ pub(crate) fn fan_out(live: &Arc<Live>, parent: Bio) {
         return;
     };
     if bios.is_empty() {
-        flushed(live.clone(), parent, Ok(()));
+        flushed(again(live), parent, Ok(()));
         return;
     }
     let own = parent.dev().cloned();
-    let join = plan.join(bios.len(), parent, live.clone());
+    let join = plan.join(bios.len(), parent, again(live));
     for (at, mut bio) in bios.into_iter().enumerate() {
         bio.set_end_io(flush_end);
         bio.pad_mut::<FlushPad>().0 = Some(join.clone());
@@ -161,7 +161,9 @@ pub(crate) fn fan_out(live: &Arc<Live>, parent: Bio) {
         if let Some(own) = &own {
             bio.set_dev(own.clone(), row.start);
         }
-        row.row.map(live, at, row.start, bio);
+        if let Some(mapped) = row.row.map(live, at, row.start, bio) {
+            submit_bio(mapped.told(again(live), at));
+        }
     }
 }
 
@@ -186,7 +188,7 @@ fn flush_end(mut bio: Bio, res: BlkResult) {
 }
 
 /// The flush for `parent` is over.
-fn flushed(live: Arc<Live>, mut parent: Bio, res: BlkResult) {
+fn flushed(live: LiveRef, mut parent: Bio, res: BlkResult) {
     if res.is_err() || parent.is_empty() {
         finish(live, parent, res);
         return;

@@ -1,7 +1,8 @@
 //! A device made of a table.
 //!
-//! The live table hangs on one atomic pointer: a bio takes a reference, and that reference, kept
-//! until the bio has ended, is also what a suspend waits for. A suspended device has the same table
+//! The live table hangs on one atomic pointer: a bio takes a guard of it, which the thread notes
+//! where no other thread writes, and that guard, kept until the bio has ended, is also what a
+//! suspend waits for: the exchange of the pointer turns guards into counted references. A suspended device has the same table
 //! under another pointer, marked as not running; its bios are deferred until the next resume.
 //!
 //! # Locking
@@ -16,12 +17,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use blockstack::device::Stats;
 use blockstack::sync::{Condvar, Mutex, Rank, assert_may_wait};
 use blockstack::units::SECTOR_SHIFT;
 use blockstack::{
-    Bio, BioFlags, BioSet, BlkError, BlkResult, BlockDevice, DynDevice, Limits, Op, Sector,
+    Bio, BioFlags, BioSet, BlkError, BlkResult, BlockDevice, Bounds, DynDevice, Limits, Op, Sector,
     SectorCount, Wait, submit_bio,
 };
 
@@ -155,16 +156,24 @@ pub(crate) struct Live {
     gate: Arc<Gate>,
 }
 
+/// A table that cannot go away, and for which a suspend waits.
+pub(crate) type LiveRef = Guard<Arc<Live>>;
+
+/// A second reference.
+pub(crate) fn again(live: &LiveRef) -> LiveRef {
+    Guard::from_inner(Arc::clone(live))
+}
+
 impl Live {
     pub(crate) fn row(&self, at: usize) -> Option<&dyn Row> {
         self.bound.rows.get(at).map(|row| row.row.as_ref())
     }
+}
 
-    /// Holds `parent` until the next resume.
-    pub(crate) fn requeue(self: Arc<Self>, parent: Bio) {
-        self.gate.deferred.lock_nested().push_back(parent);
-        release(self);
-    }
+/// Holds `parent`, which was on its way under `live`, until the next resume.
+pub(crate) fn requeue(live: LiveRef, parent: Bio) {
+    live.gate.deferred.lock_nested().push_back(parent);
+    release(live);
 }
 
 /// What a stopped device has.
@@ -176,12 +185,14 @@ struct Gate {
 }
 
 /// Ends `parent`, which was on its way under `live`.
-pub(crate) fn finish(live: Arc<Live>, parent: Bio, res: BlkResult) {
+#[inline]
+pub(crate) fn finish(live: LiveRef, parent: Bio, res: BlkResult) {
     parent.complete(res);
     release(live);
 }
 
-pub(crate) fn release(live: Arc<Live>) {
+#[inline]
+pub(crate) fn release(live: LiveRef) {
     let draining = live.gate.draining.load(Ordering::SeqCst);
     let gate = draining.then(|| live.gate.clone());
     drop(live);
@@ -195,6 +206,9 @@ pub struct MappedDevice {
     name: String,
     live: ArcSwap<Live>,
     gate: Arc<Gate>,
+    /// Of the live table, for a look at every bio: sectors, and limits as [`pack`] puts them.
+    capacity: AtomicU64,
+    bounds: AtomicU64,
     sets: Sets,
     /// Front pieces of bios that are too long.
     pieces: BioSet<()>,
@@ -230,14 +244,16 @@ impl MappedDevice {
             draining: AtomicBool::new(false),
             drained: Condvar::new(),
         });
-        let live = Live {
-            bound: Arc::new(Bound::new(table, &sets, &events)?),
-            running: true,
-            gate: gate.clone(),
-        };
+        let bound = Arc::new(Bound::new(table, &sets, &events)?);
         Ok(Arc::new(Self {
             name: name.to_owned(),
-            live: ArcSwap::from_pointee(live),
+            capacity: AtomicU64::new(bound.capacity().raw()),
+            bounds: AtomicU64::new(pack(&bound.limits)),
+            live: ArcSwap::from_pointee(Live {
+                bound,
+                running: true,
+                gate: gate.clone(),
+            }),
             gate,
             sets,
             pieces: BioSet::new(name, bios),
@@ -292,11 +308,16 @@ impl MappedDevice {
         }
         drop(deferred);
         self.gate.draining.store(false, Ordering::SeqCst);
+        self.sets.forget_devices();
         before.and(tell(&bound, Event::Postsuspend))
     }
 
     /// Makes a table the live one; gives back what was live.
     fn enter(&self, bound: Arc<Bound>, running: bool) -> Arc<Live> {
+        // Bios that were held against the numbers of before are found out by the rows.
+        let capacity = bound.capacity().raw();
+        self.capacity.store(capacity, Ordering::Relaxed);
+        self.bounds.store(pack(&bound.limits), Ordering::Relaxed);
         let live = Arc::new(Live {
             bound,
             running,
@@ -383,7 +404,7 @@ impl MappedDevice {
     /// # Errors
     /// The target's, or where there is none.
     pub fn message(&self, sector: Sector, text: &str) -> Result<String, CtrError> {
-        let live = self.live.load_full();
+        let live = self.live.load();
         let words: Vec<&str> = text.split_ascii_whitespace().collect();
         let row = live.bound.find(sector).and_then(|at| live.row(at));
         let answer = match row {
@@ -416,36 +437,43 @@ impl MappedDevice {
         self.live.load().bound.flush.devices().to_vec()
     }
 
-    fn process(&self, live: &Arc<Live>, mut bio: Bio) {
+    #[inline]
+    fn process(&self, live: LiveRef, mut bio: Bio) -> Option<Bio> {
         let bound = &live.bound;
         let flushes = bio.op() == Op::Flush
             || bio.is_empty()
             || (bio.flags().contains(BioFlags::PREFLUSH) && !bound.flush.may_ride());
         if flushes {
-            crate::flush::fan_out(live, bio);
-            return;
+            crate::flush::fan_out(&live, bio);
+            return None;
         }
         let Some(at) = bound.find(bio.sector()) else {
             bio.complete(Err(BlkError::OutOfRange));
-            return;
+            return None;
         };
         let front = bound.front(at, &bio);
-        if front == 0 {
-            bio.complete(Err(BlkError::NotSupported));
-            return;
-        }
         if front < bio.len().raw() {
-            let piece = bio.split(SectorCount::new(front), &self.pieces, Wait::Yes);
-            let Some(piece) = piece else {
-                bio.complete(Err(BlkError::NoMemory));
-                return;
-            };
-            // Onto the thread's list, behind what the front sends down.
-            submit_bio(bio);
-            bio = piece;
+            bio = self.split(front, bio)?;
         }
         let row = &bound.rows[at];
-        row.row.map(live, at, row.start, bio);
+        let mapped = row.row.map(&live, at, row.start, bio)?;
+        Some(mapped.told(live, at))
+    }
+
+    /// Cuts the front off and submits the rest.
+    #[cold]
+    fn split(&self, front: u64, mut bio: Bio) -> Option<Bio> {
+        if front == 0 {
+            bio.complete(Err(BlkError::NotSupported));
+            return None;
+        }
+        let Some(piece) = bio.split(SectorCount::new(front), &self.pieces, Wait::Yes) else {
+            bio.complete(Err(BlkError::NoMemory));
+            return None;
+        };
+        // Onto the thread's list, behind what the front sends down.
+        submit_bio(bio);
+        Some(piece)
     }
 
     fn defer(&self, bio: Bio) -> Option<Bio> {
@@ -456,6 +484,15 @@ impl MappedDevice {
         deferred.push_back(bio);
         None
     }
+}
+
+/// In what [`pack`] gives.
+const READ_ONLY: u64 = 1 << 32;
+
+/// Block size and [`READ_ONLY`] in one word.
+fn pack(limits: &Limits) -> u64 {
+    let read_only = if limits.read_only { READ_ONLY } else { 0 };
+    u64::from(limits.logical_block_size) | read_only
 }
 
 fn tell(bound: &Bound, event: Event) -> BlkResult {
@@ -483,19 +520,31 @@ impl BlockDevice for MappedDevice {
         &self.stats
     }
 
-    fn submit(&self, mut bio: Bio) {
+    #[inline]
+    fn bounds(&self) -> Bounds {
+        let packed = self.bounds.load(Ordering::Relaxed);
+        Bounds {
+            capacity: SectorCount::new(self.capacity.load(Ordering::Relaxed)),
+            logical_block_size: packed as u32,
+            read_only: packed & READ_ONLY != 0,
+        }
+    }
+
+    fn submit(&self, bio: Bio) {
+        if let Some(on) = self.forward(bio) {
+            submit_bio(on);
+        }
+    }
+
+    fn forward(&self, mut bio: Bio) -> Option<Bio> {
         loop {
             // A guard, not a count: a suspend that swaps the pointer makes it one.
             let live = self.live.load();
             if live.running {
-                self.process(&live, bio);
-                return;
+                return self.process(live, bio);
             }
             drop(live);
-            match self.defer(bio) {
-                None => return,
-                Some(again) => bio = again,
-            }
+            bio = self.defer(bio)?;
         }
     }
 }

@@ -4,10 +4,10 @@ use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
 
-use blockstack::{Bio, BioFlags, BlkResult, DynDevice, Limits, Op, Sector, SectorCount};
+use blockstack::{Bio, BioFlags, BlkResult, DynDevice, Lanes, Limits, Op, Sector, SectorCount};
 
 pub use crate::args::{Args, CtrError};
-use crate::mapped::Live;
+use crate::mapped::LiveRef;
 
 /// Maps the bios of one row of a table. The core splits, clones, checks ranges, fans flushes out,
 /// stacks limits, prints; a target only says where a bio goes.
@@ -16,6 +16,9 @@ pub trait Target: Send + Sync + Sized + 'static {
     const NAME: &'static str;
     /// Lives in the clone's front pad; `()` when unused.
     type PerBio: Default + Send + 'static;
+    /// Whether [`Self::map`] gives back every bio it gets, remapped or to be requeued, and neither
+    /// keeps nor ends one. Such a bio costs a reference to the table less.
+    const SENDS_ON: bool = false;
 
     /// Parses the words after the name. Not on the I/O path: may read metadata.
     ///
@@ -110,7 +113,7 @@ pub enum Event {
 /// A range of a lower device.
 #[derive(Clone)]
 pub struct DevRange {
-    dev: DynDevice,
+    dev: Lanes,
     start: Sector,
     len: SectorCount,
 }
@@ -131,13 +134,14 @@ impl DevRange {
                 capacity,
             });
         }
+        let dev = Lanes::new(&dev);
         Ok(Self { dev, start, len })
     }
 
     /// The device.
     #[must_use]
     pub fn dev(&self) -> &DynDevice {
-        &self.dev
+        self.dev.dev()
     }
 
     /// Its first sector.
@@ -255,24 +259,19 @@ impl Notifier {
     }
 }
 
-/// What the core keeps with each clone.
-pub(crate) struct Tio<P> {
-    pub(crate) parent: Option<Bio>,
+/// Whose clone a clone is.
+pub(crate) struct Origin {
+    pub(crate) parent: Bio,
     /// Keeps the table, and tells a suspend that this bio is on its way.
-    pub(crate) live: Option<Arc<Live>>,
+    pub(crate) live: LiveRef,
     pub(crate) row: usize,
-    pub(crate) data: P,
 }
 
-impl<P: Default> Default for Tio<P> {
-    fn default() -> Self {
-        Self {
-            parent: None,
-            live: None,
-            row: 0,
-            data: P::default(),
-        }
-    }
+/// What the core keeps with each clone.
+#[derive(Default)]
+pub(crate) struct Tio<P> {
+    pub(crate) origin: Option<Origin>,
+    pub(crate) data: P,
 }
 
 /// A clone of a bio, in the hands of a target. A drop ends it with an error, as of any bio.
@@ -341,7 +340,7 @@ impl<P: Default + Send + 'static> DmBio<P> {
             self.len()
         );
         self.sector = Sector::new(range.start.raw() + offset.raw());
-        self.bio.set_dev(range.dev.clone(), self.sector);
+        self.bio.set_lane(&range.dev, self.sector);
     }
 
     /// Copies the data of a write out; `visit` gets byte offset and bytes.

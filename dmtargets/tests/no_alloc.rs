@@ -50,7 +50,6 @@ fn workload(dev: &DynDevice) {
 }
 
 #[test]
-#[ignore = "submit_bio frees its lists at the end of each outermost submission"]
 fn a_mapped_device_allocates_nothing_after_warm_up() {
     let disks: Vec<DynDevice> = (0..2)
         .map(|at| NullDisk::new(&format!("mem{at}"), SectorCount::new(4096)) as DynDevice)
