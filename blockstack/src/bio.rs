@@ -594,13 +594,15 @@ impl Drop for Bio {
         core.segments.clear();
         core.bufs.clear();
         core.started = None;
-        if let Some(join) = core.piece_of.take() {
-            join.record(Err(BlkError::Io));
-            join.put();
-        }
+        let join = core.piece_of.take();
         node.pad.recycle();
         if let Some(home) = node.core.home.take() {
             home.put(node);
+        }
+        // As at the end of any piece: it is gone before its owner hears.
+        if let Some(join) = join {
+            join.record(Err(BlkError::Io));
+            join.put();
         }
     }
 }
