@@ -87,7 +87,7 @@ enum Nesting {
 
 #[cfg(debug_assertions)]
 fn push_rank(rank: Rank, nesting: Nesting) {
-    HELD.with_borrow_mut(|held| {
+    with_held(|held| {
         if let Some(&highest) = held.iter().max() {
             let fits = match nesting {
                 Nesting::Strict => rank > highest,
@@ -104,11 +104,19 @@ fn push_rank(rank: Rank, nesting: Nesting) {
 
 #[cfg(debug_assertions)]
 fn pop_rank(rank: Rank) {
-    HELD.with_borrow_mut(|held| {
+    with_held(|held| {
         if let Some(index) = held.iter().rposition(|&other| other == rank) {
             held.remove(index);
         }
     });
+}
+
+/// Runs `f` with the ranks that the thread holds; not in a model, while one of its threads ends.
+#[cfg(debug_assertions)]
+#[track_caller]
+fn with_held(f: impl FnOnce(&mut Vec<Rank>)) {
+    let gone = HELD.try_with(|held| f(&mut held.borrow_mut()));
+    debug_assert!(gone.is_ok() || cfg!(shuttle));
 }
 
 #[cfg(not(debug_assertions))]
@@ -126,7 +134,7 @@ fn pop_rank(_: Rank) {}
 pub fn assert_may_wait() {
     #[cfg(debug_assertions)]
     {
-        HELD.with_borrow(|held| {
+        with_held(|held| {
             let bad = held.iter().find(|rank| !rank.may_wait());
             assert!(
                 bad.is_none() || prim::thread::panicking(),

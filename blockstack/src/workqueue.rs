@@ -20,8 +20,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::sync::prim::OnceLock;
 use crate::sync::prim::thread::{self, JoinHandle};
+use crate::sync::prim::{OnceLock, survive};
 use crate::sync::{Condvar, Mutex, Rank, assert_may_wait};
 
 struct State<T> {
@@ -182,8 +182,7 @@ fn work<T>(inner: &Inner<T>) {
             worked = true;
             state.running += 1;
             drop(state);
-            let run = std::panic::AssertUnwindSafe(|| (inner.handle)(item));
-            if std::panic::catch_unwind(run).is_err() {
+            if !survive(|| (inner.handle)(item)) {
                 log::error!("{}: an item panicked", inner.name);
             }
             state = inner.state.lock_nested();

@@ -17,10 +17,10 @@ mod real;
 #[cfg(shuttle)]
 pub use model::{
     Condvar, Global, LocalKey, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard,
-    RwLockWriteGuard, atomic, thread, thread_local,
+    RwLockWriteGuard, atomic, survive, thread, thread_local,
 };
 #[cfg(not(shuttle))]
 pub use real::{
     Condvar, Global, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard,
-    atomic, thread, thread_local,
+    atomic, survive, thread, thread_local,
 };

@@ -21,3 +21,8 @@ impl<T> Global<T> {
         &self.0
     }
 }
+
+/// Runs `what` and says whether it came to its end: a panic costs only what panicked.
+pub fn survive(what: impl FnOnce()) -> bool {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(what)).is_ok()
+}
