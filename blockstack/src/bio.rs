@@ -27,7 +27,6 @@
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::time::Instant;
 
 use smallvec::SmallVec;
@@ -37,6 +36,7 @@ use crate::buf::{Buf, Segment};
 use crate::device::DynDevice;
 use crate::error::{BlkError, BlkResult};
 use crate::lane::{DevRef, Lanes};
+use crate::sync::prim::atomic::{AtomicU8, AtomicU32, Ordering};
 use crate::sync::{Mutex, Rank};
 use crate::units::{SECTOR_SHIFT, SECTOR_SIZE, Sector, SectorCount};
 
@@ -667,12 +667,13 @@ impl Bio {
         }
         let join = node.core.piece_of.take();
         node.recycle();
+        if let Some(home) = node.core.home.clone() {
+            home.put(node);
+        }
+        // As at the end of any piece: it is gone before its owner hears.
         if let Some(join) = join {
             join.record(Err(BlkError::Io));
             join.put();
-        }
-        if let Some(home) = node.core.home.clone() {
-            home.put(node);
         }
     }
 }

@@ -44,14 +44,14 @@ use std::fmt;
 use std::io;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crossbeam_utils::CachePadded;
-use crossbeam_utils::atomic::AtomicCell;
 
 use crate::bio::{Bio, Node, Op, Pad};
 use crate::lane::{LANES, thread_lane};
 use crate::submit::{in_submission, submit_bio, take_parked};
+use crate::sync::prim::Exchange;
+use crate::sync::prim::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, MutexGuard, Rank, assert_may_wait, assert_not_completing};
 use crate::workqueue::{OnceWorkqueue, Workqueue};
 
@@ -81,7 +81,7 @@ pub(crate) trait Home: Send + Sync {
 }
 
 type Free = Vec<Box<Node>>;
-type Slot = CachePadded<AtomicCell<Option<Box<Node>>>>;
+type Slot = CachePadded<Exchange<Box<Node>>>;
 
 /// In [`Inner::attention`]: the set is closed.
 const CLOSED: usize = 1 << (usize::BITS - 1);

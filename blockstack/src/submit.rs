@@ -19,6 +19,7 @@ use std::collections::VecDeque;
 use crate::bio::{Bio, BioFlags, Op};
 use crate::error::BlkError;
 use crate::lane::DevRef;
+use crate::sync::prim::thread_local;
 
 #[derive(Default)]
 struct Lists {
