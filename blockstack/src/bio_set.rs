@@ -9,16 +9,63 @@
 //!
 //! Inside a device's `submit`, bios that were submitted wait on lists of the thread until `submit`
 //! returns ([`submit`](crate::submit)). A second allocation from the same set could so wait for a
-//! bio that waits for the allocation. Therefore an allocation there tries without waiting first;
-//! if that fails, the bios *of this set* on *both* of the thread's lists are handed, in order, to
-//! the set's rescuer thread, which submits them; only then does it wait. Bios of other sets stay:
-//! one of a device higher up would, when submitted, allocate from this set, and the rescuer would
-//! wait for itself.
+//! bio that waits for the allocation:
+//!
+//! ```text
+//! a set of 1; dm1 takes both pieces before it returns       set    lists: new | old
+//! submit(A[0..16) on dm1)                                    1      -          | -
+//!   dm1: A1 = split(8)                                       0      -          | -
+//!   dm1: submit(A1 -> disk)                                  0      A1         | -
+//!   dm1: A2 = split(4): none free, wait for A1               0      A1         | -
+//! A1 is sent when dm1 returns; dm1 returns when it has A2; A2 is free when A1 has ended. Nothing
+//! moves again. With a set of N, N threads that hold a piece each do it together.
+//! ```
+//!
+//! The rule: an allocation inside a submission tries without waiting first. If that fails, the bios
+//! *of this set* on *both* of the thread's lists go, in the order they would have been submitted
+//! in, to the set's rescuer thread, which submits them; only then does the allocation wait.
+//!
+//! ```text
+//!   dm1: A2 = split(4): none free                            0      A1         | -
+//!        A1 to the rescuer, which submits it to the disk     0      -          | -
+//!        wait; A1 ends                                       1      -          | -
+//!   dm1: A2                                                  0      -          | -
+//! ```
+//!
+//! *Of this set only*: a bio of a device higher up would, when submitted, allocate from this set,
+//! and the rescuer would wait for itself. *Both lists*: what the running device has submitted stands
+//! on the new one, what was there before on the old one. Where devices on two levels share a set,
+//! the bios that the lower one waits for are on the old list:
+//!
+//! ```text
+//! a set of 2, shared by dm1 and dm0                          set    lists: new | old
+//!   dm1: submit(A1 -> dm0), submit(A2 -> disk)               0      A1 A2      | -
+//!   dm0 gets A1, B1 = split(4): none free                    0      -          | A2
+//!        A2 to the rescuer; wait; A2 ends                    1      -          | -
+//! ```
 //!
 //! Progress is certain where each bio is submitted *itself* before the next is allocated, and needs,
 //! on its way down, bios of sets further down only. A piece that is not submitted but kept in the
 //! pad of a clone from another set is not: on the thread's list stands the clone. Who does that must
-//! let the piece end before it takes another, by submitting the rest to its own device.
+//! let the piece end before it takes another, by submitting the rest to its own device. Nor is a
+//! bio on its way into a device that takes from the same set: with a shared set that certainty
+//! needs as many bios as can be on their way there at a time, and one more.
+//!
+//! Held by `tests/rescuer.rs`: `the_case_of_the_text_stops_without_the_rescuer` (the stop is proven,
+//! not timed) and `the_case_of_the_text_goes_on_with_the_rescuer`;
+//! `what_was_there_before_is_handed_over_too`; `stacks_of_any_depth_get_by_with_few_bios_each` and
+//! `devices_that_need_a_rescuer_stand_among_those_that_do_not`; for the other way,
+//! `order_alone_is_enough_where_one_bio_is_taken_at_a_time`. By the unit test
+//! `only_bios_of_the_scarce_set_are_punted_and_in_order`. By models in `tests/shuttle.rs`:
+//! `a_rescuer_started_on_demand_moves_what_waits`, `rescuers_of_two_levels_do_not_wait_for_each_other`,
+//! `what_was_there_before_is_handed_over_too`, and, where the checker must find the deadlock,
+//! `without_a_rescuer_nothing_moves` and `what_was_there_before_is_stuck_without_a_rescuer`.
+//!
+//! # At the end
+//!
+//! Bios keep the set they came from, so its memory goes after the last of them is back, which may be
+//! on a thread that completes bios. Debug builds see then that none is missing; a device's
+//! [`Stats`](crate::device::Stats) see at its end that each bio it accepted has ended or gone on.
 //!
 //! # Lanes
 //!
@@ -94,6 +141,8 @@ struct Inner {
     back: Condvar,
     /// Threads that wait for a bio, and [`CLOSED`]: what somebody who puts a bio must look at.
     attention: AtomicUsize,
+    /// Bios freed since the set was closed.
+    buried: AtomicUsize,
     rescue: Rescue,
     rescuer: OnceWorkqueue<Bio>,
 }
@@ -109,6 +158,20 @@ impl Home for Inner {
     }
 }
 
+#[cfg(debug_assertions)]
+impl Drop for Inner {
+    // Each bio keeps the set until it is freed.
+    fn drop(&mut self) {
+        let buried = self.buried.load(Ordering::Relaxed);
+        assert!(
+            buried == self.limit || std::thread::panicking(),
+            "{}: dropped with {buried} of its {} bios",
+            self.name,
+            self.limit
+        );
+    }
+}
+
 impl Inner {
     /// Puts on the list what was in the slot and, where somebody waits or nobody will come any
     /// more, what is there now.
@@ -121,9 +184,7 @@ impl Inner {
             free.extend(slot.take());
         }
         if attention & CLOSED != 0 {
-            let dead = std::mem::take(&mut *free);
-            drop(free);
-            drop(dead);
+            self.bury(free);
         } else if attention != 0 {
             drop(free);
             self.back.notify_one();
@@ -182,8 +243,14 @@ impl Inner {
         self.attention.fetch_or(CLOSED, Ordering::Relaxed);
         let mut free = self.free.lock_nested();
         self.collect(&mut free);
+        self.bury(free);
+    }
+
+    /// Frees bios of a closed set.
+    fn bury(&self, mut free: MutexGuard<'_, Free>) {
         let dead = std::mem::take(&mut *free);
         drop(free);
+        self.buried.fetch_add(dead.len(), Ordering::Relaxed);
         drop(dead);
     }
 
@@ -285,6 +352,7 @@ impl<P: Pad + Default> BioSet<P> {
             free: Mutex::new(Rank::Pool, Vec::with_capacity(limit)),
             back: Condvar::new(),
             attention: AtomicUsize::new(0),
+            buried: AtomicUsize::new(0),
             rescue,
             rescuer: OnceWorkqueue::new(),
         });

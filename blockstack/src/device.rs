@@ -287,5 +287,21 @@ impl Stats {
     }
 }
 
+#[cfg(debug_assertions)]
+impl Drop for Stats {
+    // A bio names its device, and so keeps it, until it has ended or gone on: at the device's end
+    // each has been counted once more.
+    fn drop(&mut self) {
+        let in_flight = self.snapshot().in_flight;
+        assert!(
+            in_flight == 0 || std::thread::panicking(),
+            "a device was dropped with {in_flight} bios neither ended nor passed on"
+        );
+    }
+}
+
 /// A shared device.
 pub type DynDevice = Arc<dyn BlockDevice>;
+
+#[cfg(test)]
+mod tests;

@@ -220,7 +220,9 @@ mod tests {
 
     #[test]
     fn no_two_threads_have_one_slot_and_those_that_end_give_theirs_back() {
-        for _ in 0..4 {
+        // Other tests have slots at the same time, but not for long.
+        let mut most_after_the_first = 0;
+        for round in 0..200 {
             // More than there are slots.
             let barrier = Arc::new(Barrier::new(SLOTS + 8));
             let threads: Vec<_> = (0..SLOTS + 8)
@@ -237,8 +239,13 @@ mod tests {
             let slots: Vec<_> = threads.into_iter().map(|t| t.join().unwrap()).collect();
             let own: Vec<_> = slots.iter().filter(|slot| **slot < SLOTS).collect();
             assert_eq!(own.iter().collect::<HashSet<_>>().len(), own.len());
-            // Other tests run at the same time; most slots are there for this one.
-            assert!(own.len() > SLOTS / 4, "{}", own.len());
+            if round > 0 {
+                most_after_the_first = own.len().max(most_after_the_first);
+            }
+            if round > 3 && most_after_the_first > SLOTS / 2 {
+                return;
+            }
         }
+        panic!("at most {most_after_the_first} slots came back");
     }
 }

@@ -229,12 +229,15 @@ fn a_bio_sent_on_is_no_longer_in_flight_above() {
 
 #[test]
 fn a_piece_that_was_never_submitted_is_back_before_its_owner_hears() {
-    type Seen = Arc<Mutex<Option<usize>>>;
     #[derive(Default)]
-    struct Pieces(Option<(BioSet<()>, Seen)>);
+    struct Pieces {
+        set: Option<BioSet<()>>,
+        seen: Arc<Mutex<Option<usize>>>,
+    }
     fn end(mut bio: Bio, _: BlkResult) {
-        let (pieces, seen) = bio.pad_mut::<Pieces>().0.take().unwrap();
-        *seen.lock() = Some(pieces.in_use());
+        let pad = bio.pad_mut::<Pieces>();
+        let in_use = pad.set.as_ref().map(BioSet::in_use);
+        *pad.seen.lock() = in_use;
     }
     let pieces = BioSet::<()>::new("pieces", 1);
     let seen = Arc::default();
@@ -242,7 +245,10 @@ fn a_piece_that_was_never_submitted_is_back_before_its_owner_hears() {
     let mut bio = set.alloc(Op::Discard, Wait::Yes).unwrap();
     bio.set_len(SectorCount::new(2));
     bio.set_end_io(end);
-    bio.pad_mut::<Pieces>().0 = Some((pieces.clone(), Arc::clone(&seen)));
+    *bio.pad_mut() = Pieces {
+        set: Some(pieces.clone()),
+        seen: Arc::clone(&seen),
+    };
     let piece = bio.split(SectorCount::new(1), &pieces, Wait::Yes).unwrap();
     bio.complete(Ok(()));
     drop(piece);

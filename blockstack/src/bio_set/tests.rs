@@ -1,187 +1,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::ThreadId;
-use std::time::Duration;
 
 use super::{BioSet, Rescue, Wait};
-use crate::backend::mem::Image;
 use crate::device::Stats;
 use crate::sync::{Mutex, Rank};
-use crate::testing::crash::{CrashDisk, Timing};
-use crate::{
-    Bio, BioFlags, BlkResult, BlockDevice, DynDevice, Limits, Op, PagePool, Sector, SectorCount,
-    flush_wait, read_wait, submit_bio, write_wait,
-};
-
-/// How a [`Splitter`] goes about it.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Style {
-    /// One piece and its clone, and the rest submitted to itself: order alone is enough.
-    OneAtATime,
-    /// All pieces in one go, without clones: nothing moves without a rescuer.
-    Greedy,
-}
-
-#[derive(Default)]
-struct ClonePad(Option<Bio>);
-
-/// Splits at every `chunk` sectors, clones each piece, and sends it down.
-struct Splitter {
-    name: String,
-    lower: DynDevice,
-    chunk: u64,
-    style: Style,
-    splits: BioSet<()>,
-    clones: BioSet<ClonePad>,
-    stats: Stats,
-}
-
-impl Splitter {
-    fn new(lower: DynDevice, chunk: u64, style: Style, rescue: Rescue) -> Arc<Self> {
-        Arc::new(Self {
-            name: format!("split{chunk} {}", lower.name()),
-            lower,
-            chunk,
-            style,
-            splits: BioSet::with_rescue("splits", 1, rescue).unwrap(),
-            clones: BioSet::with_rescue("clones", 1, rescue).unwrap(),
-            stats: Stats::default(),
-        })
-    }
-
-    fn clone_down(&self, bio: Bio) {
-        fn end(mut clone: Bio, res: BlkResult) {
-            let parent = clone.pad_mut::<ClonePad>().0.take();
-            // The clone goes back to its set before its parent's owner can want another.
-            drop(clone);
-            parent.unwrap().complete(res);
-        }
-        let mut clone = self.clones.alloc(bio.op(), Wait::Yes).unwrap();
-        clone.clone_from_parent(&bio);
-        clone.set_dev(self.lower.clone(), bio.sector());
-        clone.set_end_io(end);
-        clone.pad_mut::<ClonePad>().0 = Some(bio);
-        submit_bio(clone);
-    }
-
-    /// Sends the bio itself: what holds a place in the set must be what waits on the list, or the
-    /// rescuer would not know it.
-    fn remap_down(&self, mut bio: Bio) {
-        bio.set_dev(self.lower.clone(), bio.sector());
-        submit_bio(bio);
-    }
-
-    fn front(&self, bio: &mut Bio) -> Option<Bio> {
-        let to_boundary = self.chunk - bio.sector().raw() % self.chunk;
-        if bio.len().raw() <= to_boundary {
-            return None;
-        }
-        bio.split(SectorCount::new(to_boundary), &self.splits, Wait::Yes)
-    }
-}
-
-impl BlockDevice for Splitter {
-    fn name(&self) -> &str {
-        &self.name
-    }
-    fn capacity(&self) -> SectorCount {
-        self.lower.capacity()
-    }
-    fn limits(&self) -> Limits {
-        self.lower.limits()
-    }
-    fn stats(&self) -> &Stats {
-        &self.stats
-    }
-    fn submit(&self, mut bio: Bio) {
-        match self.style {
-            Style::OneAtATime => match self.front(&mut bio) {
-                Some(front) => {
-                    self.clone_down(front);
-                    submit_bio(bio);
-                }
-                None => self.clone_down(bio),
-            },
-            Style::Greedy => {
-                while let Some(front) = self.front(&mut bio) {
-                    self.remap_down(front);
-                }
-                self.remap_down(bio);
-            }
-        }
-    }
-}
-
-/// A disk that ends bios on another thread.
-fn slow_disk(sectors: u64, seed: u64) -> (Arc<CrashDisk>, DynDevice) {
-    let image = Image::zeroed(SectorCount::new(sectors));
-    let disk = CrashDisk::from_image("slow", image, Timing::Shuffled { seed });
-    (disk.clone(), disk)
-}
-
-/// Fails loudly where a deadlock would hang the whole run.
-fn within(limit: Duration, what: impl FnOnce() + Send + 'static) {
-    let (done, over) = std::sync::mpsc::channel();
-    let thread = std::thread::spawn(move || {
-        what();
-        done.send(()).ok();
-    });
-    match over.recv_timeout(limit) {
-        Ok(()) | Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => thread.join().unwrap(),
-        Err(std::sync::mpsc::RecvTimeoutError::Timeout) => panic!("deadlock"),
-    }
-}
-
-fn hammer(top: &DynDevice, threads: u64) {
-    std::thread::scope(|scope| {
-        for thread in 0..threads {
-            scope.spawn(move || {
-                let pool = PagePool::shared();
-                for round in 0..6u64 {
-                    let sector = thread * 300 + round;
-                    let mut buf = pool.alloc(97 * 512).unwrap();
-                    for (index, chunk) in buf.chunks_mut(512).enumerate() {
-                        chunk.fill((thread * 31 + round * 7 + index as u64) as u8);
-                    }
-                    let sent = buf.to_vec();
-                    let mut buf =
-                        write_wait(top, Sector::new(sector), buf, BioFlags::empty()).unwrap();
-                    buf.fill(0);
-                    let buf = read_wait(top, Sector::new(sector), buf).unwrap();
-                    assert!(*buf == *sent, "thread {thread} round {round}");
-                }
-                flush_wait(top).unwrap();
-            });
-        }
-    });
-}
-
-#[test]
-fn stacks_of_any_depth_get_by_with_one_bio_each() {
-    for depth in 1..=8u32 {
-        for style in [Style::OneAtATime, Style::Greedy] {
-            within(Duration::from_secs(60), move || {
-                let (_, mut top) = slow_disk(2000, u64::from(depth));
-                for level in 0..depth {
-                    let chunk = [16, 5, 24, 7][level as usize % 4];
-                    top = Splitter::new(top, chunk, style, Rescue::OnDemand);
-                }
-                hammer(&top, 3);
-            });
-        }
-    }
-}
-
-#[test]
-fn order_alone_is_enough_where_one_bio_is_taken_at_a_time() {
-    within(Duration::from_secs(60), || {
-        let (_, mut top) = slow_disk(2000, 5);
-        for chunk in [8, 3, 64] {
-            top = Splitter::new(top, chunk, Style::OneAtATime, Rescue::Never);
-        }
-        hammer(&top, 4);
-    });
-}
+use crate::{Bio, BlockDevice, DynDevice, Limits, Op, Sector, SectorCount, submit_bio};
 
 /// Notes which thread submitted what, and ends it later, all at once.
 struct Recorder {
@@ -313,20 +137,24 @@ fn a_waiter_gets_the_bio_that_comes_back() {
     drop(held);
 }
 
+/// A bio that lost its home is missed at the end of its set.
 #[test]
-fn bios_of_one_thread_to_one_device_keep_their_order() {
-    let lower = Arc::new(Recorder {
-        seen: Mutex::new(Rank::Pool, Vec::new()),
-        stats: Stats::default(),
-    });
-    let top = Splitter::new(lower.clone(), 4, Style::OneAtATime, Rescue::Never);
-    let top: DynDevice = Splitter::new(top, 6, Style::OneAtATime, Rescue::Never);
-    let set = BioSet::<()>::new("test", 1);
-    let mut bio = set.alloc(Op::Discard, Wait::Yes).unwrap();
-    bio.set_len(SectorCount::new(24));
-    bio.set_dev(top, Sector::ZERO);
-    submit_bio(bio);
-    let seen = lower.seen.lock();
-    let sectors: Vec<_> = seen.iter().map(|(_, sector)| *sector).collect();
-    assert_eq!(sectors, [0, 4, 6, 8, 12, 16, 18, 20]);
+#[cfg(debug_assertions)]
+#[should_panic(expected = "lossy: dropped with 1 of its 2 bios")]
+fn a_bio_that_never_came_back_is_missed() {
+    let set = BioSet::<()>::new("lossy", 2);
+    let mut bio = set.alloc(Op::Read, Wait::No).unwrap();
+    bio.core_mut().home = None;
+    drop(bio);
+    drop(set);
+}
+
+#[test]
+fn a_set_may_end_before_its_bios_do() {
+    let set = BioSet::<()>::new("short", 2);
+    let bios = [(); 2].map(|()| set.alloc(Op::Read, Wait::No).unwrap());
+    drop(set);
+    let [first, second] = bios;
+    drop(first);
+    std::thread::spawn(move || drop(second)).join().unwrap();
 }
