@@ -58,7 +58,8 @@
 //! `order_alone_is_enough_where_one_bio_is_taken_at_a_time`. By the unit test
 //! `only_bios_of_the_scarce_set_are_punted_and_in_order`. By models in `tests/shuttle.rs`:
 //! `a_rescuer_started_on_demand_moves_what_waits`, `rescuers_of_two_levels_do_not_wait_for_each_other`,
-//! `what_was_there_before_is_handed_over_too`, and, where the checker must find the deadlock,
+//! `what_was_there_before_is_handed_over_too`, `bios_of_the_level_above_are_left_alone`, and, where
+//! the checker must find the deadlock,
 //! `without_a_rescuer_nothing_moves` and `what_was_there_before_is_stuck_without_a_rescuer`.
 //!
 //! # At the end

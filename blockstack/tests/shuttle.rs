@@ -246,6 +246,25 @@ fn without_a_rescuer_nothing_moves() {
     check(10, || hand_over(Style::Greedy, Rescue::Never, 2, 1));
 }
 
+/// The upper level has sent two bios; the lower one, at work on the first, hands over its own. Were
+/// the second handed over too, the rescuer of the lower set would wait for that set.
+#[test]
+fn bios_of_the_level_above_are_left_alone() {
+    check(8_000, || {
+        let (late, bottom) = Late::start();
+        let (upper, lower) = (
+            Pools::new(2, Rescue::OnDemand),
+            Pools::new(1, Rescue::OnDemand),
+        );
+        let low = Splitter::new(vec![late.clone()], 1, Style::Greedy, lower.clone());
+        let top: DynDevice = Splitter::new(vec![low], 3, Style::Greedy, upper.clone());
+        range_wait(&top, Op::Discard, Sector::ZERO, SectorCount::new(9)).unwrap();
+        bottom.stop();
+        assert_eq!(late.ended.load(Ordering::Relaxed), 9);
+        assert_eq!((upper.in_use(), lower.in_use()), (0, 0));
+    });
+}
+
 /// Two levels share a set of two. The upper one has sent both, one to either lower device, and the
 /// first of these needs a third; the other stands on the list of what was there before.
 fn old_list(rescue: Rescue) {
