@@ -131,6 +131,12 @@ impl<P: Pad + Default> BioSet<P> {
         Self::make(name, limit, Rescue::OnDemand)
     }
 
+    /// As [`Self::new`], without a rescuer: [`Rescue::Never`].
+    #[must_use]
+    pub fn without_rescuer(name: &str, limit: usize) -> Self {
+        Self::make(name, limit, Rescue::Never)
+    }
+
     /// Makes a set of `limit` bios, at least one.
     ///
     /// # Errors
@@ -204,6 +210,23 @@ impl<P: Pad + Default> BioSet<P> {
     #[must_use]
     pub fn alloc_own(&self) -> Bio {
         Bio::without_home(Node::<P>::new())
+    }
+
+    /// Lets go of `bio`, where it is one of the set's: it is freed at its end, and a new one takes
+    /// its place. For a bio that is put aside for nobody knows how long, during which others would
+    /// wait for it.
+    pub fn disown(&self, bio: &mut Bio) {
+        let me = Arc::as_ptr(&self.inner);
+        if bio.home().is_some_and(|home| std::ptr::addr_eq(home, me)) {
+            bio.core_mut().home = None;
+            self.inner.put(Node::<P>::new());
+        }
+    }
+
+    /// Threads that wait for a bio now.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.inner.waiting.load(Ordering::Relaxed)
     }
 
     /// Bios handed out and not yet back.

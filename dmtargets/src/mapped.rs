@@ -21,11 +21,14 @@ use blockstack::device::Stats;
 use blockstack::sync::{Condvar, Mutex, Rank, assert_may_wait};
 use blockstack::units::SECTOR_SHIFT;
 use blockstack::{
-    Bio, BioFlags, BioSet, BlkError, BlkResult, BlockDevice, DynDevice, Limits, Op, Sector,
-    SectorCount, Wait, submit_bio,
+    Bio, BioFlags, BioSet, BlkError, BlkResult, BlockDevice, DynDevice, Limits, OnceWorkqueue, Op,
+    Sector, SectorCount, Wait, Workqueue, submit_bio,
 };
 
 use crate::args::{Args, CtrError};
+#[cfg(test)]
+use crate::duplicates::Cure;
+use crate::duplicates::{self, Duplicates};
 use crate::flush::FlushPlan;
 use crate::linear::Linear;
 use crate::row::{Row, Sets};
@@ -34,6 +37,9 @@ use crate::target::{DevRange, Event, Suspend};
 
 /// Bios of each kind that a device has for its clones, where nothing else is asked for.
 const BIOS: usize = 256;
+
+/// Threads of a device that submit writes whose flush is over.
+const WRITERS: usize = 4;
 
 /// A counter that can be waited for.
 pub(crate) struct Events {
@@ -76,6 +82,12 @@ impl Bound {
                 below = below.stack(range.dev().limits());
             }
             row.row.limits(&mut below);
+            if row.row.duplicates(Op::Discard) == 0 {
+                below.max_discard_sectors = 0;
+            }
+            if row.row.duplicates(Op::WriteZeroes) == 0 {
+                below.max_write_zeroes_sectors = 0;
+            }
             let unit = u64::from(below.logical_block_size >> SECTOR_SHIFT);
             let whole = |sectors: u64| {
                 if sectors > unit {
@@ -101,7 +113,7 @@ impl Bound {
                 block_size: limits.logical_block_size,
             });
         }
-        let flush = FlushPlan::new(&table.rows);
+        let flush = FlushPlan::new(&table.rows, sets.limit);
         Ok(Self {
             rows: table.rows,
             longest,
@@ -116,7 +128,7 @@ impl Bound {
             rows: Vec::new(),
             longest: Vec::new(),
             limits: Limits::UNLIMITED,
-            flush: FlushPlan::new(&[]),
+            flush: FlushPlan::new(&[], 1),
         }
     }
 
@@ -130,11 +142,22 @@ impl Bound {
         (sector.raw() < self.rows[at].end()).then_some(at)
     }
 
+    /// How many duplicates the row wants of a bio.
+    fn duplicates(&self, at: usize, op: Op) -> usize {
+        if op.has_data() {
+            return 1;
+        }
+        self.rows[at].row.duplicates(op)
+    }
+
     /// How much of `bio` the row may get at once; zero where the row does not support it.
     fn front(&self, at: usize, bio: &Bio) -> u64 {
         let row = &self.rows[at];
         let mut len = bio.len().raw().min(row.end() - bio.sector().raw());
-        if let Some(max) = row.max_io {
+        // A target that gets a discard for each leg takes it whole, as far as the row goes.
+        if let Some(max) = row.max_io
+            && self.duplicates(at, bio.op()) == 1
+        {
             let inside = (bio.sector().raw() - row.start.raw()) % max.raw();
             len = len.min(max.raw() - inside);
         }
@@ -160,19 +183,44 @@ impl Live {
         self.bound.rows.get(at).map(|row| row.row.as_ref())
     }
 
+    pub(crate) fn duplicates(&self) -> &Duplicates {
+        &self.gate.duplicates
+    }
+
     /// Holds `parent` until the next resume.
-    pub(crate) fn requeue(self: Arc<Self>, parent: Bio) {
+    pub(crate) fn requeue(self: Arc<Self>, mut parent: Bio) {
+        // A piece of a longer bio: others, whom the suspend before that resume waits for, may wait
+        // for its place.
+        self.gate.pieces.disown(&mut parent);
         self.gate.deferred.lock_nested().push_back(parent);
         release(self);
     }
+
+    /// Submits a write whose flush is over, from a context that may wait for a clone.
+    pub(crate) fn queue_write(&self, write: Bio) {
+        let make = || Workqueue::new("dm-after-flush", WRITERS, submit_bio);
+        match self.gate.writes.get_or_make(make) {
+            Ok(queue) => queue.queue(write),
+            Err(error) => {
+                log::error!("cannot start a thread for writes after a flush: {error}");
+                write.complete(Err(BlkError::NoMemory));
+            }
+        }
+    }
 }
 
-/// What a stopped device has.
+/// What a device keeps whatever its table.
 struct Gate {
+    /// Of a stopped device: what came, and what is to be mapped anew.
     deferred: Mutex<VecDeque<Bio>>,
     /// Somebody waits for bios to end.
     draining: AtomicBool,
     drained: Condvar,
+    /// Front pieces of bios that are too long.
+    pieces: BioSet<()>,
+    duplicates: Duplicates,
+    /// Writes whose flush is over.
+    writes: OnceWorkqueue<Bio>,
 }
 
 /// Ends `parent`, which was on its way under `live`.
@@ -196,8 +244,6 @@ pub struct MappedDevice {
     live: ArcSwap<Live>,
     gate: Arc<Gate>,
     sets: Sets,
-    /// Front pieces of bios that are too long.
-    pieces: BioSet<()>,
     events: Arc<Events>,
     /// One administrative call at a time; holds the table that was loaded and is not live. Those
     /// calls come with no lock held, hence the outermost rank.
@@ -229,6 +275,9 @@ impl MappedDevice {
             deferred: Mutex::new(Rank::Pool, VecDeque::new()),
             draining: AtomicBool::new(false),
             drained: Condvar::new(),
+            pieces: BioSet::without_rescuer(name, bios),
+            duplicates: Duplicates::new(),
+            writes: OnceWorkqueue::new(),
         });
         let live = Live {
             bound: Arc::new(Bound::new(table, &sets, &events)?),
@@ -240,7 +289,6 @@ impl MappedDevice {
             live: ArcSwap::from_pointee(live),
             gate,
             sets,
-            pieces: BioSet::new(name, bios),
             events,
             admin: Mutex::new(Rank::Mount, None),
             stats: Stats::default(),
@@ -435,17 +483,22 @@ impl MappedDevice {
             return;
         }
         if front < bio.len().raw() {
-            let piece = bio.split(SectorCount::new(front), &self.pieces, Wait::Yes);
+            let piece = bio.split(SectorCount::new(front), &self.gate.pieces, Wait::Yes);
             let Some(piece) = piece else {
                 bio.complete(Err(BlkError::NoMemory));
                 return;
             };
+            #[cfg(test)]
+            if !self.gate.duplicates.has(Cure::DepthFirst) {
+                send(live, at, piece);
+                self.process(live, bio);
+                return;
+            }
             // Onto the thread's list, behind what the front sends down.
             submit_bio(bio);
             bio = piece;
         }
-        let row = &bound.rows[at];
-        row.row.map(live, at, row.start, bio);
+        send(live, at, bio);
     }
 
     fn defer(&self, bio: Bio) -> Option<Bio> {
@@ -455,6 +508,17 @@ impl MappedDevice {
         }
         deferred.push_back(bio);
         None
+    }
+}
+
+/// Has the row `at` map `bio`, which lies in it.
+fn send(live: &Arc<Live>, at: usize, bio: Bio) {
+    match live.bound.duplicates(at, bio.op()) {
+        1 => {
+            let row = &live.bound.rows[at];
+            row.row.map(live, at, row.start, bio);
+        }
+        count => duplicates::map(live, at, count, bio),
     }
 }
 

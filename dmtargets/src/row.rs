@@ -6,16 +6,18 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use blockstack::sync::{Mutex, Rank};
-use blockstack::{Bio, BioSet, BlkError, BlkResult, Limits, Sector, Wait, submit_bio};
+use blockstack::{Bio, BioSet, BlkError, BlkResult, Limits, Op, Sector, Wait, submit_bio};
 
 use crate::args::{Args, CtrError};
+use crate::duplicates::{Leg, set_size};
 use crate::mapped::{Live, finish};
 use crate::target::{DevRange, DmBio, Event, FlushRoute, MapResult, TableCx, Target, Tio};
 
-/// The sets of a mapped device: one for each kind of front pad. They outlive its tables.
+/// The sets of a mapped device: one for each kind of front pad. They outlive its tables, and have no
+/// rescuers; see [`mapped`](crate::mapped#forward-progress).
 pub(crate) struct Sets {
     name: String,
-    limit: usize,
+    pub(crate) limit: usize,
     by_pad: Mutex<HashMap<TypeId, Box<dyn Any + Send + Sync>>>,
 }
 
@@ -32,7 +34,7 @@ impl Sets {
         let mut by_pad = self.by_pad.lock_nested();
         let there = by_pad
             .entry(TypeId::of::<P>())
-            .or_insert_with(|| Box::new(BioSet::<Tio<P>>::new(&self.name, self.limit)));
+            .or_insert_with(|| Box::new(BioSet::<Tio<P>>::without_rescuer(&self.name, self.limit)));
         match there.downcast_ref::<BioSet<Tio<P>>>() {
             Some(set) => set.clone(),
             None => unreachable!("a set is entered under the type of its pad"),
@@ -47,6 +49,7 @@ pub(crate) trait Row: Any + Send + Sync {
     fn status(&self, out: &mut dyn fmt::Write) -> fmt::Result;
     fn limits(&self, limits: &mut Limits);
     fn flush_route(&self) -> FlushRoute;
+    fn duplicates(&self, op: Op) -> usize;
     fn event(&self, event: Event) -> BlkResult;
     fn message(&self, args: &mut Args<'_>) -> Result<String, CtrError>;
     /// Gives the row the sets of its device.
@@ -54,11 +57,20 @@ pub(crate) trait Row: Any + Send + Sync {
     /// Clones `parent`, which lies in the row that begins at `start` and is the `row`th of `live`,
     /// and sends the clone on its way.
     fn map(&self, live: &Arc<Live>, row: usize, start: Sector, parent: Bio);
+    /// Allocates one of several duplicates.
+    fn leg(&self, op: Op, wait: Wait) -> Option<Bio>;
+    /// Sends a duplicate, of [`Self::leg`], on its way; otherwise as [`Self::map`].
+    fn map_leg(&self, live: &Arc<Live>, row: usize, start: Sector, bio: Bio, leg: Leg);
+    /// Threads that wait for a bio of the row.
+    #[cfg(test)]
+    fn waiting(&self) -> usize;
 }
 
 pub(crate) struct Typed<T: Target> {
     target: T,
     set: OnceLock<BioSet<Tio<T::PerBio>>>,
+    /// Where the target wants several bios for one.
+    legs: OnceLock<BioSet<Tio<T::PerBio>>>,
 }
 
 impl<T: Target> Typed<T> {
@@ -66,7 +78,21 @@ impl<T: Target> Typed<T> {
         Box::new(Self {
             target,
             set: OnceLock::new(),
+            legs: OnceLock::new(),
         })
+    }
+
+    /// How many bios of the row's own set of duplicates one bio needs.
+    fn most_legs(&self) -> usize {
+        let several = |op| Some(self.target.duplicates(op)).filter(|&count| count > 1);
+        let flushes = match self.target.flush_route() {
+            FlushRoute::ThroughMap => self.target.duplicates(Op::Flush),
+            FlushRoute::EachDevice => 0,
+        };
+        let ranges = [Op::Discard, Op::WriteZeroes]
+            .into_iter()
+            .filter_map(several);
+        ranges.fold(flushes, usize::max)
     }
 }
 
@@ -105,6 +131,10 @@ impl<T: Target> Row for Typed<T> {
         self.target.flush_route()
     }
 
+    fn duplicates(&self, op: Op) -> usize {
+        self.target.duplicates(op)
+    }
+
     fn event(&self, event: Event) -> BlkResult {
         self.target.event(event)
     }
@@ -115,6 +145,12 @@ impl<T: Target> Row for Typed<T> {
 
     fn bind(&self, sets: &Sets) {
         self.set.get_or_init(|| sets.of::<T::PerBio>());
+        let most = self.most_legs();
+        if most > 0 {
+            let size = set_size(most, sets.limit);
+            self.legs
+                .get_or_init(|| BioSet::without_rescuer(&sets.name, size));
+        }
     }
 
     fn map(&self, live: &Arc<Live>, row: usize, start: Sector, parent: Bio) {
@@ -145,6 +181,58 @@ impl<T: Target> Row for Typed<T> {
             }
         }
     }
+
+    fn leg(&self, op: Op, wait: Wait) -> Option<Bio> {
+        self.legs.get()?.alloc(op, wait)
+    }
+
+    fn map_leg(&self, live: &Arc<Live>, row: usize, start: Sector, mut bio: Bio, leg: Leg) {
+        bio.set_end_io(leg_end::<T>);
+        let sector = Sector::new(bio.sector().raw().saturating_sub(start.raw()));
+        let nr = leg.nr;
+        let tio = bio.pad_mut::<Tio<T::PerBio>>();
+        tio.leg = Some(leg);
+        tio.live = Some(live.clone());
+        tio.row = row;
+        match self.target.map(DmBio::leg(bio, sector, nr)) {
+            MapResult::Remapped(bio) => submit_bio(bio.bio),
+            MapResult::Taken => {}
+            MapResult::Requeue(mut bio) => {
+                let tio = bio.bio.pad_mut::<Tio<T::PerBio>>();
+                let leg = tio.leg.take();
+                drop(bio);
+                if let Some(leg) = leg {
+                    leg.requeue();
+                }
+            }
+        }
+    }
+
+    #[cfg(test)]
+    fn waiting(&self) -> usize {
+        let sets = [self.set.get(), self.legs.get()];
+        sets.into_iter().flatten().map(BioSet::waiting).sum()
+    }
+}
+
+fn leg_end<T: Target>(mut bio: Bio, res: BlkResult) {
+    let tio = bio.pad_mut::<Tio<T::PerBio>>();
+    let (Some(leg), Some(live), row) = (tio.leg.take(), tio.live.take(), tio.row) else {
+        return;
+    };
+    let sector = bio.sector();
+    let mut bio = DmBio::leg(bio, sector, leg.nr);
+    let typed: Option<&Typed<T>> = live
+        .row(row)
+        .and_then(|row| (row as &dyn Any).downcast_ref());
+    let res = match typed {
+        Some(typed) => typed.target.end_io(&mut bio, res),
+        None => res,
+    };
+    drop(bio);
+    // The one that has all legs tells a suspend.
+    drop(live);
+    leg.end(res);
 }
 
 fn clone_end<T: Target>(mut clone: Bio, res: BlkResult) {

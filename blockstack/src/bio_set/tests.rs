@@ -314,6 +314,32 @@ fn a_waiter_gets_the_bio_that_comes_back() {
 }
 
 #[test]
+fn a_bio_that_was_let_go_leaves_its_place_and_still_ends_once() {
+    fn end(mut bio: Bio, res: BlkResult) {
+        assert_eq!(res, Ok(()));
+        bio.pad_mut::<CountPad>().0.fetch_add(1, Ordering::Relaxed);
+    }
+    #[derive(Default)]
+    struct CountPad(Arc<AtomicUsize>);
+    let (set, other) = (
+        BioSet::<CountPad>::new("one", 1),
+        BioSet::<()>::new("other", 1),
+    );
+    let mut bio = set.alloc(Op::Discard, Wait::Yes).unwrap();
+    let ends = bio.pad_mut::<CountPad>().0.clone();
+    bio.set_end_io(end);
+    other.disown(&mut bio);
+    assert_eq!((set.in_use(), other.in_use()), (1, 0));
+    set.disown(&mut bio);
+    assert_eq!(set.in_use(), 0);
+    let second = set.alloc(Op::Read, Wait::No).unwrap();
+    bio.complete(Ok(()));
+    assert_eq!((ends.load(Ordering::Relaxed), set.in_use()), (1, 1));
+    drop(second);
+    assert_eq!(set.in_use(), 0);
+}
+
+#[test]
 fn bios_of_one_thread_to_one_device_keep_their_order() {
     let lower = Arc::new(Recorder {
         seen: Mutex::new(Rank::Pool, Vec::new()),
