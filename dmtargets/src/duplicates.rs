@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use blockstack::sync::{Mutex, Rank};
-use blockstack::{Bio, BlkError, BlkResult, Wait};
+use blockstack::{Bio, BlkError, BlkResult, Sector, Wait};
 
 use crate::mapped::{Live, finish};
 
@@ -40,6 +40,9 @@ pub(crate) struct Duplicates {
     spare: Mutex<Vec<Arc<Join>>>,
     #[cfg(test)]
     pub(crate) off: std::sync::OnceLock<Cure>,
+    /// Threads that wait for several bios.
+    #[cfg(test)]
+    pub(crate) waiting: AtomicUsize,
 }
 
 /// Counts the duplicates of one bio.
@@ -150,6 +153,8 @@ impl Duplicates {
             spare: Mutex::new(Rank::Pool, Vec::new()),
             #[cfg(test)]
             off: std::sync::OnceLock::new(),
+            #[cfg(test)]
+            waiting: AtomicUsize::new(0),
         }
     }
 
@@ -188,8 +193,14 @@ impl Duplicates {
         if all(Wait::No) {
             return true;
         }
-        let _many = self.has(Cure::OneAtATime).then(|| self.many.lock_nested());
-        all(Wait::Yes)
+        #[cfg(test)]
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let many = self.has(Cure::OneAtATime).then(|| self.many.lock_nested());
+        let got_all = all(Wait::Yes);
+        drop(many);
+        #[cfg(test)]
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        got_all
     }
 }
 
@@ -241,7 +252,8 @@ impl Legs for RowLegs {
 
     fn send(&self, live: &Arc<Live>, _: usize, bio: Bio, leg: Leg) {
         let row = &live.bound.rows[self.row];
-        row.row.map_leg(live, self.row, row.start, bio, leg);
+        let sector = Sector::new(bio.sector().raw().saturating_sub(row.start.raw()));
+        row.row.map_leg(live, self.row, sector, bio, leg);
     }
 }
 

@@ -16,7 +16,10 @@ use crate::target::FlushRoute;
 
 /// Where flushes of one table go.
 pub(crate) struct FlushPlan {
+    /// Those that get one each.
     devices: Vec<DynDevice>,
+    /// Devices of all rows.
+    below: Vec<DynDevice>,
     /// Rows that map an empty flush, and which of their flushes it is.
     through: Vec<(usize, usize)>,
     /// Whether a bio with data and a flush before it may carry the flush down itself.
@@ -49,6 +52,7 @@ impl FlushPlan {
                     && below.any(|range| Arc::ptr_eq(range.dev(), dev))
             })
         };
+        let below = devices.clone();
         devices.retain(|dev| own(dev));
         let all_below = rows.iter().all(|row| {
             row.row.flush_route() == FlushRoute::EachDevice && !row.row.devices().is_empty()
@@ -59,12 +63,13 @@ impl FlushPlan {
             may_ride,
             set: BioSet::without_rescuer("dm-flush", set_size(devices.len(), bios)),
             devices,
+            below,
             through,
         }
     }
 
-    pub(crate) fn devices(&self) -> &[DynDevice] {
-        &self.devices
+    pub(crate) fn below(&self) -> &[DynDevice] {
+        &self.below
     }
 
     pub(crate) fn may_ride(&self) -> bool {

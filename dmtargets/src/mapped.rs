@@ -461,7 +461,7 @@ impl MappedDevice {
     /// The devices below, each once.
     #[must_use]
     pub fn devices(&self) -> Vec<DynDevice> {
-        self.live.load().bound.flush.devices().to_vec()
+        self.live.load().bound.flush.below().to_vec()
     }
 
     fn process(&self, live: &Arc<Live>, mut bio: Bio) {
@@ -592,5 +592,7 @@ pub fn linear_over(
     MappedDevice::create(&name, Table::single(len, Linear::over(range))?)
 }
 
+#[cfg(test)]
+mod forward_progress;
 #[cfg(test)]
 mod tests;

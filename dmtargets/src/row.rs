@@ -59,9 +59,10 @@ pub(crate) trait Row: Any + Send + Sync {
     fn map(&self, live: &Arc<Live>, row: usize, start: Sector, parent: Bio);
     /// Allocates one of several duplicates.
     fn leg(&self, op: Op, wait: Wait) -> Option<Bio>;
-    /// Sends a duplicate, of [`Self::leg`], on its way; otherwise as [`Self::map`].
-    fn map_leg(&self, live: &Arc<Live>, row: usize, start: Sector, bio: Bio, leg: Leg);
-    /// Threads that wait for a bio of the row.
+    /// Sends a duplicate, of [`Self::leg`], on its way; it begins at `sector` of the row, which is
+    /// the `row`th of `live`.
+    fn map_leg(&self, live: &Arc<Live>, row: usize, sector: Sector, bio: Bio, leg: Leg);
+    /// Threads that wait for a clone.
     #[cfg(test)]
     fn waiting(&self) -> usize;
 }
@@ -186,9 +187,8 @@ impl<T: Target> Row for Typed<T> {
         self.legs.get()?.alloc(op, wait)
     }
 
-    fn map_leg(&self, live: &Arc<Live>, row: usize, start: Sector, mut bio: Bio, leg: Leg) {
+    fn map_leg(&self, live: &Arc<Live>, row: usize, sector: Sector, mut bio: Bio, leg: Leg) {
         bio.set_end_io(leg_end::<T>);
-        let sector = Sector::new(bio.sector().raw().saturating_sub(start.raw()));
         let nr = leg.nr;
         let tio = bio.pad_mut::<Tio<T::PerBio>>();
         tio.leg = Some(leg);
@@ -210,8 +210,7 @@ impl<T: Target> Row for Typed<T> {
 
     #[cfg(test)]
     fn waiting(&self) -> usize {
-        let sets = [self.set.get(), self.legs.get()];
-        sets.into_iter().flatten().map(BioSet::waiting).sum()
+        self.set.get().map_or(0, BioSet::waiting)
     }
 }
 
