@@ -4,10 +4,93 @@
 //! until the bio has ended, is also what a suspend waits for. A suspended device has the same table
 //! under another pointer, marked as not running; its bios are deferred until the next resume.
 //!
+//! # Forward progress
+//!
+//! All bios of a device come from bounded sets, one bio in each is enough, and no set has a rescuer.
+//! What holds instead:
+//!
+//! 1. A bio is split, and its front cloned and mapped, with one allocation from the set of pieces
+//!    and one from that of clones. The rest is submitted to the device, which puts it on the list of
+//!    the thread *behind* all that the front sends down: depth first. When it is taken up, whatever
+//!    the thread took from the device's sets before is on its way.
+//! 2. Of a bio without data a target may want several ([`duplicates`]), and a flush goes to
+//!    each device below. These, of a set that holds nothing else, are allocated all or none: without
+//!    waiting; then, where that fails, waiting, under one mutex of the device. Between them nothing
+//!    is allocated from the device's sets, and all are taken up before anything of the device or of
+//!    one above. There are no duplicates of writes with data.
+//! 3. What is put aside for a resume holds no bio of the device: what was deferred came from above,
+//!    and a piece that a target gives back leaves its set ([`BioSet::disown`]).
+//! 4. A write whose flush is over is submitted by a queue of the device itself.
+//!
+//! So a thread that waits for a bio of a device waits for bios that are below it, on their way or on
+//! the list of a thread that is itself busy, or waits, further down; and at the bottom nobody waits.
+//!
+//! ## Why
+//!
+//! Without 1 (`P1`, `P2` pieces of `B`; `C1` a clone; one bio in each set; also with a lock that
+//! `map` takes and the end of the clone gives back, as a snapshot's):
+//!
+//! ```text
+//! dm: split P1, map P1 -> C1                  list: C1
+//! dm: split P2: waits for P1, which waits for C1, which waits behind this thread
+//! ```
+//!
+//! The answer once was a rescuer: `C1` was handed to the device's thread. That thread has more to do
+//! (`dm_wq_work`: first `md->rescued`, then `md->deferred`), and a snapshot's lock ties the knot:
+//!
+//! ```text
+//! T: maps B1, takes the snapshot's lock, given back when B1's bios below end
+//! T: waits for a bio; B1's bios below go to md->rescued
+//! dm_wq_work: B2 of md->deferred -> snapshot_map: waits for the lock
+//! B1's bios wait on md->rescued for dm_wq_work
+//! ```
+//!
+//! Here nothing is handed over. [`MappedDevice::resume`] submits what was deferred, one bio after the
+//! other, and may well be the one that is blocked in `map`; those behind it in its hands came from
+//! above (3), so that nothing which it waits for waits for them:
+//!
+//! ```text
+//! R: resume: B1 -> map takes the lock -> C1 below, held up there; B2 -> map waits for the lock
+//! B3 .. B8 wait for R; C1 needs none of them, ends, the lock is free, R goes on
+//! ```
+//!
+//! Without 2, three bios in the set of duplicates and three legs: a thread with two of them waits for
+//! the third, which another has, that waits for its second.
+//!
+//! Without 3, one piece: `P1` is given back by the target and put aside with its place in the set.
+//! The rest of its bio waits for a piece; the suspend waits for the rest; `P1` waits for the resume.
+//!
+//! Without 4, a queue for all devices, of which `top` is over `low`: its threads submit writes to
+//! `top`, which wait for clones of `top`'s in `low`, which wait for writes to `low` behind them in
+//! the queue. Submitted by whoever ends the flush, inside the submission of some other bio, the
+//! write is taken up *before* what that has parked, and may wait for it.
+//!
+//! Duplicates are mapped one after the other, and only then submitted; so a target must not hold, from
+//! the `map` of one to its end, what the `map` of the next waits for.
+//!
+//! ## Tests
+//!
+//! In `mapped/forward_progress.rs`, with a disk that ends bios late, in any order, and also inside
+//! the submission of others: `one_to_eight_layers_get_by_with_one_bio_each_and_without_a_rescuer`,
+//! `a_device_that_maps_all_pieces_at_once_would_stall` (1 switched off),
+//! `as_many_bios_as_one_discard_needs_are_enough_for_all_threads`,
+//! `two_threads_with_half_of_the_bios_each_would_stall` (2 switched off),
+//! `a_lock_held_to_the_end_of_a_bio_is_given_back`,
+//! `a_lock_whose_bio_is_parked_behind_the_thread_that_waits_for_it_would_stall` (1 switched off),
+//! `the_one_who_resumes_may_be_blocked_in_map_with_deferred_bios_behind`,
+//! `devices_are_suspended_and_resumed_while_others_hold_the_lock`,
+//! `writes_after_a_flush_do_not_wait_for_those_of_devices_above` (4). In `mapped/tests.rs`:
+//! `a_piece_that_is_requeued_keeps_no_place_in_the_set_of_pieces` (3). For every target:
+//! `one_bio_makes_progress` of `target_contract_tests`. What becomes
+//! of duplicates (parts, errors, requeue) stands with the target `legs` beside the first.
+//!
+//! [`duplicates`]: crate::Target::duplicates
+//!
 //! # Locking
 //!
 //! submit:          none but leaves (the pools)
 //! submit, stopped: gate (leaf)
+//! several bios:    the mutex of duplicates, held while waiting for them, on a thread that submits
 //! suspend, resume: admin -> gate, released before targets are told or bios are submitted
 
 use std::collections::VecDeque;
