@@ -30,6 +30,9 @@ pub(crate) enum Cure {
     DepthFirst,
     /// One thread at a time waits for several bios.
     OneAtATime,
+    /// Each device has a queue of its own for writes whose flush is over.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests switch it off"))]
+    OwnQueue,
 }
 
 /// What a device needs to make several bios of one.
@@ -74,75 +77,48 @@ pub(crate) trait Legs {
     fn send(&self, live: &Arc<Live>, at: usize, bio: Bio, leg: Leg);
 }
 
-/// What a duplicate owes to the one it was made for. A drop is an end with an error.
+/// What a duplicate owes to the one it was made for. Where it is dropped the counter never reaches
+/// zero, and goes with the last leg; the one, dropped with it, ends with an error.
 pub(crate) struct Leg {
-    join: Option<Arc<Join>>,
-    shares: usize,
+    join: Arc<Join>,
     /// Which of the duplicates of its target.
     pub(crate) nr: usize,
 }
 
 impl Leg {
-    /// The leg of one duplicate, out of that of all which are not yet sent.
-    fn split(&mut self, nr: usize) -> Self {
-        self.shares -= 1;
-        Self {
-            join: self.join.clone(),
-            shares: 1,
-            nr,
+    pub(crate) fn end(self, res: BlkResult) {
+        if let Err(error) = res {
+            self.join.state.lock_nested().error.get_or_insert(error);
         }
-    }
-
-    pub(crate) fn end(mut self, res: BlkResult) {
-        self.put(res, false);
+        self.join.put();
     }
 
     /// Has the one held until the next resume, and done anew then with all its duplicates.
-    pub(crate) fn requeue(mut self) {
-        self.put(Ok(()), true);
-    }
-
-    fn put(&mut self, res: BlkResult, requeue: bool) {
-        let Some(join) = self.join.take() else { return };
-        if res.is_err() || requeue {
-            let mut state = join.state.lock_nested();
-            state.requeue |= requeue;
-            if let Err(error) = res {
-                state.error.get_or_insert(error);
-            }
-        }
-        if join.left.fetch_sub(self.shares, Ordering::AcqRel) == self.shares {
-            over(join);
-        }
+    pub(crate) fn requeue(self) {
+        self.join.state.lock_nested().requeue = true;
+        self.join.put();
     }
 }
 
-impl Drop for Leg {
-    fn drop(&mut self) {
-        self.put(Err(BlkError::Io), false);
-    }
-}
-
-/// All duplicates ended.
-fn over(join: Arc<Join>) {
-    let mut state = join.state.lock_nested();
-    let bios = std::mem::take(&mut state.bios);
-    let ended = std::mem::replace(
-        &mut *state,
-        JoinState {
-            bios,
-            ..JoinState::default()
-        },
-    );
-    drop(state);
-    let (Some(parent), Some(live), Some(over)) = (ended.parent, ended.live, ended.over) else {
-        return;
-    };
-    live.duplicates().spare.lock_nested().push(join);
-    if ended.requeue {
-        live.requeue(parent);
-    } else {
-        over(live, parent, ended.error.map_or(Ok(()), Err));
+impl Join {
+    /// A duplicate ended; the last one gives the one back.
+    fn put(self: Arc<Self>) {
+        if self.left.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return;
+        }
+        let mut state = self.state.lock_nested();
+        let (parent, live, over) = (state.parent.take(), state.live.take(), state.over.take());
+        let (error, requeue) = (state.error.take(), std::mem::take(&mut state.requeue));
+        drop(state);
+        let (Some(parent), Some(live), Some(over)) = (parent, live, over) else {
+            return;
+        };
+        live.duplicates().spare.lock_nested().push(self);
+        if requeue {
+            live.requeue(parent);
+        } else {
+            over(live, parent, error.map_or(Ok(()), Err));
+        }
     }
 }
 
@@ -214,23 +190,18 @@ pub(crate) fn fan_out(live: &Arc<Live>, parent: Bio, legs: &impl Legs, over: Ove
         return;
     }
     // One more than there are duplicates: the list is put back before the counter is used again.
-    let shares = bios.len() + 1;
-    join.left.store(shares, Ordering::Release);
+    join.left.store(bios.len() + 1, Ordering::Release);
     let mut state = join.state.lock_nested();
     state.parent = Some(parent);
     state.live = Some(live.clone());
     state.over = Some(over);
     drop(state);
-    let mut unsent = Leg {
-        join: Some(join.clone()),
-        shares,
-        nr: 0,
-    };
-    for (at, bio) in bios.drain(..).enumerate() {
-        legs.send(live, at, bio, unsent.split(at));
+    for (nr, bio) in bios.drain(..).enumerate() {
+        let join = join.clone();
+        legs.send(live, nr, bio, Leg { join, nr });
     }
     join.state.lock_nested().bios = bios;
-    unsent.end(Ok(()));
+    join.put();
 }
 
 /// The legs of one row.

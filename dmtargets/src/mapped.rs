@@ -79,7 +79,8 @@
 //! `a_lock_whose_bio_is_parked_behind_the_thread_that_waits_for_it_would_stall` (1 switched off),
 //! `the_one_who_resumes_may_be_blocked_in_map_with_deferred_bios_behind`,
 //! `devices_are_suspended_and_resumed_while_others_hold_the_lock`,
-//! `writes_after_a_flush_do_not_wait_for_those_of_devices_above` (4). In `mapped/tests.rs`:
+//! `writes_after_a_flush_do_not_wait_for_those_of_devices_above`,
+//! `one_queue_of_writes_for_all_devices_would_stall` (4 switched off). In `mapped/tests.rs`:
 //! `a_piece_that_is_requeued_keeps_no_place_in_the_set_of_pieces` (3). For every target:
 //! `one_bio_makes_progress` of `target_contract_tests`. What becomes
 //! of duplicates (parts, errors, requeue) stands with the target `legs` beside the first.
@@ -282,6 +283,11 @@ impl Live {
     /// Submits a write whose flush is over, from a context that may wait for a clone.
     pub(crate) fn queue_write(&self, write: Bio) {
         let make = || Workqueue::new("dm-after-flush", WRITERS, submit_bio);
+        #[cfg(test)]
+        if !self.duplicates().has(Cure::OwnQueue) {
+            ALL_WRITES.get_or_make(make).unwrap().queue(write);
+            return;
+        }
         match self.gate.writes.get_or_make(make) {
             Ok(queue) => queue.queue(write),
             Err(error) => {
@@ -291,6 +297,10 @@ impl Live {
         }
     }
 }
+
+/// In place of the queues of the devices, where a test switches those off.
+#[cfg(test)]
+static ALL_WRITES: OnceWorkqueue<Bio> = OnceWorkqueue::new();
 
 /// What a device keeps whatever its table.
 struct Gate {

@@ -289,10 +289,8 @@ fn devices_are_suspended_and_resumed_while_others_hold_the_lock() {
     }
 }
 
-/// With one queue for all devices its threads would wait for clones of `middle`, and those for
-/// writes of `bottom` behind them in the queue.
-#[test]
-fn writes_after_a_flush_do_not_wait_for_those_of_devices_above() {
+/// Writes with a flush before, to a device over two others and to the one that is over the next.
+fn with_flushes(off: Option<Cure>, rounds: usize) -> Outcome {
     let (disks, mut below) = lates(3);
     let other = below.remove(2);
     let rows = "0 1000 linear 0 0\n1000 1000 linear 1 0\n";
@@ -302,15 +300,33 @@ fn writes_after_a_flush_do_not_wait_for_those_of_devices_above() {
     let rows = "0 2000 linear 0 0\n2000 100 linear 1 0\n";
     let top = device("top", rows, &[middle.clone(), other], 16);
     let devices: [DynDevice; 2] = [top.clone(), middle.clone()];
-    let workers = Workers::start(24, 40, move |number, _| {
+    let all = [top, middle, bottom];
+    for dev in &all {
+        if let Some(cure) = off {
+            dev.gate.duplicates.off.set(cure).unwrap();
+        }
+    }
+    let workers = Workers::start(24, rounds, move |number, _| {
         let dev = &devices[number % 2];
         let buf = PagePool::shared().alloc(512).unwrap();
         let sector = Sector::new(900 + number as u64 * 8);
         write_wait(dev, sector, buf, BioFlags::PREFLUSH).unwrap();
     });
-    let all = [top, middle, bottom];
-    let outcome = workers.watch(&disks, || all.iter().map(|dev| waiting(dev)).sum::<usize>());
-    assert_eq!(outcome, Outcome::Finished);
+    workers.watch(&disks, || {
+        let shared = super::ALL_WRITES.get().map_or(0, Workqueue::pending);
+        shared + all.iter().map(|dev| waiting(dev)).sum::<usize>()
+    })
+}
+
+#[test]
+fn writes_after_a_flush_do_not_wait_for_those_of_devices_above() {
+    assert_eq!(with_flushes(None, 40), Outcome::Finished);
+}
+
+/// The queue's threads wait for clones of `middle`, and those for writes of `bottom` behind them.
+#[test]
+fn one_queue_of_writes_for_all_devices_would_stall() {
+    assert_eq!(in_another_process("own queue"), Outcome::Stalled);
 }
 
 /// What the others run in a process of its own.
@@ -324,6 +340,7 @@ fn one_case() {
         "one at a time" => on_three_legs(Some(Cure::OneAtATime), 1000),
         "depth first" => through_layers(2, 1, Some(Cure::DepthFirst)),
         "lock" => with_the_lock(Some(Cure::DepthFirst)),
+        "own queue" => with_flushes(Some(Cure::OwnQueue), 1000),
         _ => panic!("no case {case}"),
     });
 }

@@ -142,6 +142,7 @@ impl Target for Legs {
 mod tests {
     use blockstack::{BlkError, BlockDevice, Op, Sector};
 
+    use super::super::until;
     use super::Legs;
     use crate::registry::Registry;
     use crate::target::Suspend;
@@ -219,12 +220,8 @@ mod tests {
         std::thread::scope(|scope| {
             rig.set_mood(Mood::Holds);
             let zero = scope.spawn(|| rig.range(Op::WriteZeroes, Sector::ZERO, 240));
-            while ["mem0", "mem1", "mem2"]
-                .iter()
-                .any(|disk| rig.disk(disk).held() == 0)
-            {
-                std::thread::yield_now();
-            }
+            let held = |disk: &&str| rig.disk(disk).held() == 1;
+            until(|| ["mem0", "mem1", "mem2"].iter().all(held));
             rig.disk("mem2").set_mood(Mood::Fails(BlkError::NoSpace));
             rig.disk("mem0").set_mood(Mood::Fails(BlkError::Io));
             rig.disk("mem1").set_mood(Mood::Works);
