@@ -69,7 +69,7 @@ fn use_area(dev: &DynDevice, start: u64, len: u64, round: usize) {
     let mut buf = PagePool::shared().alloc(len as usize * 512).unwrap();
     // Each sector says which it is, so that a misplaced one is seen.
     for (sector, bytes) in (start..).zip(buf.chunks_mut(512)) {
-        bytes.fill(round as u8 + 1);
+        bytes.fill(round as u8 | 1);
         bytes[..8].copy_from_slice(&sector.to_le_bytes());
     }
     let mut model = buf.to_vec();
@@ -204,7 +204,12 @@ fn with_the_lock(off: Option<Cure>) -> Outcome {
     }
     let dev: DynDevice = top.clone();
     let workers = Workers::start(8, 10, move |number, round| {
-        write(&dev, number as u64 * 100 + round as u64, 64, number as u8);
+        write(
+            &dev,
+            number as u64 * 100 + round as u64 % 36,
+            64,
+            number as u8,
+        );
     });
     workers.watch(&[disk], || waiting(&top) + waiting(&middle))
 }
@@ -269,7 +274,12 @@ fn devices_are_suspended_and_resumed_while_others_hold_the_lock() {
         let (disk, middle, top) = snap(bios);
         let dev: DynDevice = top.clone();
         let workers = Workers::start(8, 20, move |number, round| {
-            write(&dev, number as u64 * 100 + round as u64, 64, number as u8);
+            write(
+                &dev,
+                number as u64 * 100 + round as u64 % 36,
+                64,
+                number as u8,
+            );
         });
         let (upper, lower) = (top.clone(), middle.clone());
         let admin = Workers::start(1, 20, move |_, round| {

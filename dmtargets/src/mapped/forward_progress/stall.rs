@@ -16,8 +16,10 @@ pub(super) enum Outcome {
     Stalled,
 }
 
-/// Looks for which nothing may have changed.
-const SAME: u32 = 100;
+/// Looks for which nothing may have changed, where a stall is what is looked for.
+const SAME: u32 = 200;
+/// And where it would be a failure: a thread may be kept from running by others for long.
+const SAME_FOR_SURE: u32 = 5000;
 
 /// Threads that submit bios, one at a time each and known by its number.
 pub(super) struct Workers {
@@ -27,12 +29,18 @@ pub(super) struct Workers {
 }
 
 impl Workers {
-    /// Has `count` threads do `work` for each of `rounds`.
+    /// Has `count` threads do `work` for each of `rounds`; `FUSEFS_STACK_LONG=1` makes them many.
     pub(super) fn start(
         count: usize,
         rounds: usize,
         work: impl Fn(usize, usize) + Clone + Send + 'static,
     ) -> Self {
+        let long = std::env::var_os("FUSEFS_STACK_LONG").is_some_and(|long| long == "1");
+        let rounds = if long && rounds > 1 {
+            rounds * 20
+        } else {
+            rounds
+        };
         let ended = Arc::new(AtomicUsize::new(0));
         let spawn = |number| {
             let (ended, work) = (ended.clone(), work.clone());
@@ -53,8 +61,12 @@ impl Workers {
     /// or for a lock of a target; where they stall, they are left behind.
     pub(super) fn watch(self, disks: &[Arc<Late>], waiting: impl Fn() -> usize) -> Outcome {
         let begun = Instant::now();
+        let enough = match std::env::var_os(CASE) {
+            Some(_) => SAME,
+            None => SAME_FOR_SURE,
+        };
         let (mut before, mut same) = (None, 0);
-        while same < SAME {
+        while same < enough {
             let left = self.threads.iter().filter(|t| !t.is_finished()).count();
             if left == 0 {
                 for thread in self.threads {
@@ -68,8 +80,12 @@ impl Workers {
             let stands_still = idle && waiting() >= left && now == before;
             same = if stands_still { same + 1 } else { 0 };
             before = now;
-            let slow = begun.elapsed() > Duration::from_secs(120);
-            assert!(!slow, "neither an end nor a stall: {before:?}");
+            let slow = begun.elapsed() > Duration::from_secs(300);
+            assert!(
+                !slow,
+                "neither an end nor a stall: {before:?}, {} wait",
+                waiting()
+            );
             sleep(Duration::from_millis(2));
         }
         Outcome::Stalled
