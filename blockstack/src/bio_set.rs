@@ -137,6 +137,7 @@ const CLOSED: usize = 1 << (usize::BITS - 1);
 struct Inner {
     name: String,
     limit: usize,
+    keeps_dev: bool,
     slots: Box<[Slot]>,
     free: Mutex<Free>,
     back: Condvar,
@@ -317,11 +318,12 @@ impl<P: Pad + Default> BioSet<P> {
         Self::make(name, limit, Rescue::OnDemand, false)
     }
 
-    /// As [`Self::new`], for bios that are nearly always sent to the same devices: what is free
-    /// keeps a reference to the device it was sent to last, until [`Self::forget_devices`].
+    /// As [`Self::without_rescuer`], for the clones of a stacking device, which nearly always go to
+    /// the same devices: what is free keeps a reference to the device it was sent to last, until
+    /// [`Self::forget_devices`].
     #[must_use]
-    pub fn keeping_devices(name: &str, limit: usize) -> Self {
-        Self::make(name, limit, Rescue::OnDemand, true)
+    pub fn for_clones(name: &str, limit: usize) -> Self {
+        Self::make(name, limit, Rescue::Never, true)
     }
 
     /// Lets go of the devices that free bios were sent to last.
@@ -330,6 +332,12 @@ impl<P: Pad + Default> BioSet<P> {
         let mut free = inner.free.lock_nested();
         inner.collect(&mut free);
         free.iter_mut().for_each(|node| node.forget_dev());
+    }
+
+    /// As [`Self::new`], without a rescuer: [`Rescue::Never`].
+    #[must_use]
+    pub fn without_rescuer(name: &str, limit: usize) -> Self {
+        Self::make(name, limit, Rescue::Never, false)
     }
 
     /// Makes a set of `limit` bios, at least one.
@@ -349,6 +357,7 @@ impl<P: Pad + Default> BioSet<P> {
         let inner = Arc::new(Inner {
             name: name.to_owned(),
             limit,
+            keeps_dev,
             slots: (0..LANES).map(|_| Slot::default()).collect(),
             free: Mutex::new(Rank::Pool, Vec::with_capacity(limit)),
             back: Condvar::new(),
@@ -402,6 +411,24 @@ impl<P: Pad + Default> BioSet<P> {
     #[must_use]
     pub fn alloc_own(&self) -> Bio {
         Bio::without_home(Node::new::<P>(None, false))
+    }
+
+    /// Lets go of `bio`, where it is one of the set's: it is freed at its end, and a new one takes
+    /// its place. For a bio that is put aside for nobody knows how long, during which others would
+    /// wait for it.
+    pub fn disown(&self, bio: &mut Bio) {
+        let inner = &self.handle.0;
+        let is_ours = |home| std::ptr::addr_eq(home, Arc::as_ptr(inner));
+        if bio.home().is_some_and(is_ours) {
+            bio.core_mut().home = None;
+            inner.put(Node::new::<P>(Some(inner.clone()), inner.keeps_dev));
+        }
+    }
+
+    /// Threads that wait for a bio now.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.inner().attention.load(Ordering::Relaxed) & !CLOSED
     }
 
     /// Bios handed out and not yet back.

@@ -28,7 +28,8 @@
 //! | [`table`] | rows, parsed and printed |
 //! | [`concise`] | several devices on one line |
 //! | [`mapped`] | the device: split, clone, suspend, resume, table swap |
-//! | `flush` | fan-out of flushes |
+//! | `flush` | how a flush reaches everything below |
+//! | `duplicates` | several bios for one |
 //! | `row` | a target with its type erased |
 //! | [`registry`] | targets by name |
 //! | [`linear`], [`zero`], [`error`] | targets |
@@ -44,6 +45,7 @@
 
 pub mod args;
 pub mod concise;
+mod duplicates;
 pub mod error;
 mod flush;
 pub mod linear;

@@ -2,13 +2,98 @@
 //!
 //! The live table hangs on one atomic pointer: a bio takes a guard of it, which the thread notes
 //! where no other thread writes, and that guard, kept until the bio has ended, is also what a
-//! suspend waits for: the exchange of the pointer turns guards into counted references. A suspended device has the same table
-//! under another pointer, marked as not running; its bios are deferred until the next resume.
+//! suspend waits for: the exchange of the pointer turns guards into counted references. A suspended
+//! device has the same table under another pointer, marked as not running; its bios are deferred
+//! until the next resume.
+//!
+//! # Forward progress
+//!
+//! All bios of a device come from bounded sets, one bio in each is enough, and no set has a rescuer.
+//! What holds instead:
+//!
+//! 1. A bio is split, and its front cloned and mapped, with one allocation from the set of pieces
+//!    and one from that of clones. The rest is submitted to the device, which puts it on the list of
+//!    the thread *behind* all that the front sends down: depth first. When it is taken up, whatever
+//!    the thread took from the device's sets before is on its way.
+//! 2. Of a bio without data a target may want several ([`duplicates`]), and a flush goes to
+//!    each device below. These, of a set that holds nothing else, are allocated all or none: without
+//!    waiting; then, where that fails, waiting, under one mutex of the device. Between them nothing
+//!    is allocated from the device's sets, and all are taken up before anything of the device or of
+//!    one above. There are no duplicates of writes with data.
+//! 3. What is put aside for a resume holds no bio of the device: what was deferred came from above,
+//!    and a piece that a target gives back leaves its set ([`BioSet::disown`]).
+//! 4. A write whose flush is over is submitted by a queue of the device itself.
+//!
+//! So a thread that waits for a bio of a device waits for bios that are below it, on their way or on
+//! the list of a thread that is itself busy, or waits, further down; and at the bottom nobody waits.
+//!
+//! ## Why
+//!
+//! Without 1 (`P1`, `P2` pieces of `B`; `C1` a clone; one bio in each set; also with a lock that
+//! `map` takes and the end of the clone gives back, as a snapshot's):
+//!
+//! ```text
+//! dm: split P1, map P1 -> C1                  list: C1
+//! dm: split P2: waits for P1, which waits for C1, which waits behind this thread
+//! ```
+//!
+//! The answer once was a rescuer: `C1` was handed to the device's thread. That thread has more to do
+//! (`dm_wq_work`: first `md->rescued`, then `md->deferred`), and a snapshot's lock ties the knot:
+//!
+//! ```text
+//! T: maps B1, takes the snapshot's lock, given back when B1's bios below end
+//! T: waits for a bio; B1's bios below go to md->rescued
+//! dm_wq_work: B2 of md->deferred -> snapshot_map: waits for the lock
+//! B1's bios wait on md->rescued for dm_wq_work
+//! ```
+//!
+//! Here nothing is handed over. [`MappedDevice::resume`] submits what was deferred, one bio after the
+//! other, and may well be the one that is blocked in `map`; those behind it in its hands came from
+//! above (3), so that nothing which it waits for waits for them:
+//!
+//! ```text
+//! R: resume: B1 -> map takes the lock -> C1 below, held up there; B2 -> map waits for the lock
+//! B3 .. B8 wait for R; C1 needs none of them, ends, the lock is free, R goes on
+//! ```
+//!
+//! Without 2, three bios in the set of duplicates and three legs: a thread with two of them waits for
+//! the third, which another has, that waits for its second.
+//!
+//! Without 3, one piece: `P1` is given back by the target and put aside with its place in the set.
+//! The rest of its bio waits for a piece; the suspend waits for the rest; `P1` waits for the resume.
+//!
+//! Without 4, a queue for all devices, of which `top` is over `low`: its threads submit writes to
+//! `top`, which wait for clones of `top`'s in `low`, which wait for writes to `low` behind them in
+//! the queue. Submitted by whoever ends the flush, inside the submission of some other bio, the
+//! write is taken up *before* what that has parked, and may wait for it.
+//!
+//! Duplicates are mapped one after the other, and only then submitted; so a target must not hold, from
+//! the `map` of one to its end, what the `map` of the next waits for.
+//!
+//! ## Tests
+//!
+//! In `mapped/forward_progress.rs`, with a disk that ends bios late, in any order, and also inside
+//! the submission of others: `one_to_eight_layers_get_by_with_one_bio_each_and_without_a_rescuer`,
+//! `a_device_that_maps_all_pieces_at_once_would_stall` (1 switched off),
+//! `as_many_bios_as_one_discard_needs_are_enough_for_all_threads`,
+//! `two_threads_with_half_of_the_bios_each_would_stall` (2 switched off),
+//! `a_lock_held_to_the_end_of_a_bio_is_given_back`,
+//! `a_lock_whose_bio_is_parked_behind_the_thread_that_waits_for_it_would_stall` (1 switched off),
+//! `the_one_who_resumes_may_be_blocked_in_map_with_deferred_bios_behind`,
+//! `devices_are_suspended_and_resumed_while_others_hold_the_lock`,
+//! `writes_after_a_flush_do_not_wait_for_those_of_devices_above`,
+//! `one_queue_of_writes_for_all_devices_would_stall` (4 switched off). In `mapped/tests.rs`:
+//! `a_piece_that_is_requeued_keeps_no_place_in_the_set_of_pieces` (3). For every target:
+//! `one_bio_makes_progress` of `target_contract_tests`. What becomes
+//! of duplicates (parts, errors, requeue) stands with the target `legs` beside the first.
+//!
+//! [`duplicates`]: crate::Target::duplicates
 //!
 //! # Locking
 //!
 //! submit:          none but leaves (the pools)
 //! submit, stopped: gate (leaf)
+//! several bios:    the mutex of duplicates, held while waiting for them, on a thread that submits
 //! suspend, resume: admin -> gate, released before targets are told or bios are submitted
 
 use std::collections::VecDeque;
@@ -22,11 +107,14 @@ use blockstack::device::Stats;
 use blockstack::sync::{Condvar, Mutex, Rank, assert_may_wait};
 use blockstack::units::SECTOR_SHIFT;
 use blockstack::{
-    Bio, BioFlags, BioSet, BlkError, BlkResult, BlockDevice, Bounds, DynDevice, Limits, Op, Sector,
-    SectorCount, Wait, submit_bio,
+    Bio, BioFlags, BioSet, BlkError, BlkResult, BlockDevice, Bounds, DynDevice, Limits,
+    OnceWorkqueue, Op, Sector, SectorCount, Wait, Workqueue, submit_bio,
 };
 
 use crate::args::{Args, CtrError};
+#[cfg(test)]
+use crate::duplicates::Cure;
+use crate::duplicates::{self, Duplicates};
 use crate::flush::FlushPlan;
 use crate::linear::Linear;
 use crate::row::{Row, Sets};
@@ -35,6 +123,9 @@ use crate::target::{DevRange, Event, Suspend};
 
 /// Bios of each kind that a device has for its clones, where nothing else is asked for.
 const BIOS: usize = 256;
+
+/// Threads of a device that submit writes whose flush is over.
+const WRITERS: usize = 4;
 
 /// A counter that can be waited for.
 pub(crate) struct Events {
@@ -77,6 +168,12 @@ impl Bound {
                 below = below.stack(range.dev().limits());
             }
             row.row.limits(&mut below);
+            if row.row.duplicates(Op::Discard) == 0 {
+                below.max_discard_sectors = 0;
+            }
+            if row.row.duplicates(Op::WriteZeroes) == 0 {
+                below.max_write_zeroes_sectors = 0;
+            }
             let unit = u64::from(below.logical_block_size >> SECTOR_SHIFT);
             let whole = |sectors: u64| {
                 if sectors > unit {
@@ -102,7 +199,7 @@ impl Bound {
                 block_size: limits.logical_block_size,
             });
         }
-        let flush = FlushPlan::new(&table.rows);
+        let flush = FlushPlan::new(&table.rows, sets.limit);
         Ok(Self {
             rows: table.rows,
             longest,
@@ -117,7 +214,7 @@ impl Bound {
             rows: Vec::new(),
             longest: Vec::new(),
             limits: Limits::UNLIMITED,
-            flush: FlushPlan::new(&[]),
+            flush: FlushPlan::new(&[], 1),
         }
     }
 
@@ -131,11 +228,22 @@ impl Bound {
         (sector.raw() < self.rows[at].end()).then_some(at)
     }
 
+    /// How many duplicates the row wants of a bio.
+    fn duplicates(&self, at: usize, op: Op) -> usize {
+        if op.has_data() {
+            return 1;
+        }
+        self.rows[at].row.duplicates(op)
+    }
+
     /// How much of `bio` the row may get at once; zero where the row does not support it.
     fn front(&self, at: usize, bio: &Bio) -> u64 {
         let row = &self.rows[at];
         let mut len = bio.len().raw().min(row.end() - bio.sector().raw());
-        if let Some(max) = row.max_io {
+        // A target that gets a discard for each leg takes it whole, as far as the row goes.
+        if let Some(max) = row.max_io
+            && self.duplicates(at, bio.op()) == 1
+        {
             let inside = (bio.sector().raw() - row.start.raw()) % max.raw();
             len = len.min(max.raw() - inside);
         }
@@ -168,20 +276,54 @@ impl Live {
     pub(crate) fn row(&self, at: usize) -> Option<&dyn Row> {
         self.bound.rows.get(at).map(|row| row.row.as_ref())
     }
+
+    pub(crate) fn duplicates(&self) -> &Duplicates {
+        &self.gate.duplicates
+    }
+
+    /// Submits a write whose flush is over, from a context that may wait for a clone.
+    pub(crate) fn queue_write(&self, write: Bio) {
+        let make = || Workqueue::new("dm-after-flush", WRITERS, submit_bio);
+        #[cfg(test)]
+        if !self.duplicates().has(Cure::OwnQueue) {
+            ALL_WRITES.get_or_make(make).unwrap().queue(write);
+            return;
+        }
+        match self.gate.writes.get_or_make(make) {
+            Ok(queue) => queue.queue(write),
+            Err(error) => {
+                log::error!("cannot start a thread for writes after a flush: {error}");
+                write.complete(Err(BlkError::NoMemory));
+            }
+        }
+    }
 }
 
 /// Holds `parent`, which was on its way under `live`, until the next resume.
-pub(crate) fn requeue(live: LiveRef, parent: Bio) {
+pub(crate) fn requeue(live: LiveRef, mut parent: Bio) {
+    // A piece of a longer bio: others, whom the suspend before that resume waits for, may wait for
+    // its place.
+    live.gate.pieces.disown(&mut parent);
     live.gate.deferred.lock_nested().push_back(parent);
     release(live);
 }
 
-/// What a stopped device has.
+/// In place of the queues of the devices, where a test switches those off.
+#[cfg(test)]
+static ALL_WRITES: OnceWorkqueue<Bio> = OnceWorkqueue::new();
+
+/// What a device keeps whatever its table.
 struct Gate {
+    /// Of a stopped device: what came, and what is to be mapped anew.
     deferred: Mutex<VecDeque<Bio>>,
     /// Somebody waits for bios to end.
     draining: AtomicBool,
     drained: Condvar,
+    /// Front pieces of bios that are too long.
+    pieces: BioSet<()>,
+    duplicates: Duplicates,
+    /// Writes whose flush is over.
+    writes: OnceWorkqueue<Bio>,
 }
 
 /// Ends `parent`, which was on its way under `live`.
@@ -210,8 +352,6 @@ pub struct MappedDevice {
     capacity: AtomicU64,
     bounds: AtomicU64,
     sets: Sets,
-    /// Front pieces of bios that are too long.
-    pieces: BioSet<()>,
     events: Arc<Events>,
     /// One administrative call at a time; holds the table that was loaded and is not live. Those
     /// calls come with no lock held, hence the outermost rank.
@@ -243,6 +383,9 @@ impl MappedDevice {
             deferred: Mutex::new(Rank::Pool, VecDeque::new()),
             draining: AtomicBool::new(false),
             drained: Condvar::new(),
+            pieces: BioSet::without_rescuer(name, bios),
+            duplicates: Duplicates::new(),
+            writes: OnceWorkqueue::new(),
         });
         let bound = Arc::new(Bound::new(table, &sets, &events)?);
         Ok(Arc::new(Self {
@@ -256,7 +399,6 @@ impl MappedDevice {
             }),
             gate,
             sets,
-            pieces: BioSet::new(name, bios),
             events,
             admin: Mutex::new(Rank::Mount, None),
             stats: Stats::default(),
@@ -434,7 +576,7 @@ impl MappedDevice {
     /// The devices below, each once.
     #[must_use]
     pub fn devices(&self) -> Vec<DynDevice> {
-        self.live.load().bound.flush.devices().to_vec()
+        self.live.load().bound.flush.below().to_vec()
     }
 
     #[inline]
@@ -453,24 +595,35 @@ impl MappedDevice {
         };
         let front = bound.front(at, &bio);
         if front < bio.len().raw() {
-            bio = self.split(front, bio)?;
+            bio = self.split(&live, at, front, bio)?;
         }
-        let row = &bound.rows[at];
-        let mapped = row.row.map(&live, at, row.start, bio)?;
-        Some(mapped.told(live, at))
+        send(live, at, bio)
     }
 
     /// Cuts the front off and submits the rest.
     #[cold]
-    fn split(&self, front: u64, mut bio: Bio) -> Option<Bio> {
+    #[cfg_attr(
+        not(test),
+        expect(unused_variables, reason = "a test switches depth first off")
+    )]
+    fn split(&self, live: &LiveRef, at: usize, front: u64, mut bio: Bio) -> Option<Bio> {
         if front == 0 {
             bio.complete(Err(BlkError::NotSupported));
             return None;
         }
-        let Some(piece) = bio.split(SectorCount::new(front), &self.pieces, Wait::Yes) else {
+        let piece = bio.split(SectorCount::new(front), &self.gate.pieces, Wait::Yes);
+        let Some(piece) = piece else {
             bio.complete(Err(BlkError::NoMemory));
             return None;
         };
+        #[cfg(test)]
+        if !self.gate.duplicates.has(Cure::DepthFirst) {
+            let front = send(again(live), at, piece);
+            front.into_iter().for_each(submit_bio);
+            let rest = self.process(again(live), bio);
+            rest.into_iter().for_each(submit_bio);
+            return None;
+        }
         // Onto the thread's list, behind what the front sends down.
         submit_bio(bio);
         Some(piece)
@@ -483,6 +636,22 @@ impl MappedDevice {
         }
         deferred.push_back(bio);
         None
+    }
+}
+
+/// Has the row `at` map `bio`, which lies in it; gives a clone that is to be sent on.
+#[inline]
+fn send(live: LiveRef, at: usize, bio: Bio) -> Option<Bio> {
+    match live.bound.duplicates(at, bio.op()) {
+        1 => {
+            let row = &live.bound.rows[at];
+            let mapped = row.row.map(&live, at, row.start, bio)?;
+            Some(mapped.told(live, at))
+        }
+        count => {
+            duplicates::map(&live, at, count, bio);
+            None
+        }
     }
 }
 
@@ -577,5 +746,7 @@ pub fn linear_over(
     MappedDevice::create(&name, Table::single(len, Linear::over(range))?)
 }
 
+#[cfg(test)]
+mod forward_progress;
 #[cfg(test)]
 mod tests;

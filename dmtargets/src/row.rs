@@ -6,11 +6,14 @@ use std::fmt;
 use std::sync::OnceLock;
 
 use blockstack::sync::{Mutex, Rank};
-use blockstack::{Bio, BioSet, BlkError, BlkResult, Limits, Sector, Wait, submit_bio};
+use blockstack::{Bio, BioSet, BlkError, BlkResult, Limits, Op, Sector, Wait, submit_bio};
 
 use crate::args::{Args, CtrError};
+use crate::duplicates::{Leg, set_size};
 use crate::mapped::{LiveRef, again, finish, requeue};
-use crate::target::{DevRange, DmBio, Event, FlushRoute, MapResult, Origin, TableCx, Target, Tio};
+use crate::target::{
+    DevRange, DmBio, Event, FlushRoute, MapResult, Origin, TableCx, Target, Tio, Whose,
+};
 
 /// A set of any pad.
 trait Pool: Any + Send + Sync {
@@ -26,7 +29,7 @@ impl<P: Default + Send + 'static> Pool for BioSet<Tio<P>> {
 /// The sets of a mapped device: one for each kind of front pad. They outlive its tables.
 pub(crate) struct Sets {
     name: String,
-    limit: usize,
+    pub(crate) limit: usize,
     by_pad: Mutex<HashMap<TypeId, Box<dyn Pool>>>,
 }
 
@@ -43,7 +46,7 @@ impl Sets {
         let mut by_pad = self.by_pad.lock_nested();
         let there = by_pad
             .entry(TypeId::of::<P>())
-            .or_insert_with(|| Box::new(BioSet::<Tio<P>>::keeping_devices(&self.name, self.limit)));
+            .or_insert_with(|| Box::new(BioSet::<Tio<P>>::for_clones(&self.name, self.limit)));
         let there: &dyn Any = there.as_ref();
         match there.downcast_ref::<BioSet<Tio<P>>>() {
             Some(set) => set.clone(),
@@ -65,6 +68,7 @@ pub(crate) trait Row: Any + Send + Sync {
     fn status(&self, out: &mut dyn fmt::Write) -> fmt::Result;
     fn limits(&self, limits: &mut Limits);
     fn flush_route(&self) -> FlushRoute;
+    fn duplicates(&self, op: Op) -> usize;
     fn event(&self, event: Event) -> BlkResult;
     fn message(&self, args: &mut Args<'_>) -> Result<String, CtrError>;
     /// Gives the row the sets of its device.
@@ -72,8 +76,16 @@ pub(crate) trait Row: Any + Send + Sync {
     /// Clones `parent`, which lies in the row that begins at `start` and is the `row`th of `live`,
     /// and sends the clone on its way, or gives it back for the caller to do that.
     fn map(&self, live: &LiveRef, row: usize, start: Sector, parent: Bio) -> Option<Mapped>;
-    /// Takes a clone that has ended, and says what its parent ends with.
-    fn end(&self, clone: Bio, res: BlkResult) -> BlkResult;
+    /// Allocates one of several duplicates.
+    fn leg(&self, op: Op, wait: Wait) -> Option<Bio>;
+    /// Sends a duplicate, of [`Self::leg`], on its way; it begins at `sector` of the row, which is
+    /// the `row`th of `live`.
+    fn map_leg(&self, live: &LiveRef, row: usize, sector: Sector, bio: Bio, leg: Leg);
+    /// Takes a bio that has ended, and says what that ends with for which it was made.
+    fn end(&self, bio: Bio, whose: &Whose, res: BlkResult) -> BlkResult;
+    /// Threads that wait for a clone.
+    #[cfg(test)]
+    fn waiting(&self) -> usize;
 }
 
 /// A mapped clone that has to be told whose it is.
@@ -100,6 +112,8 @@ impl Mapped {
 pub(crate) struct Typed<T: Target> {
     target: T,
     set: OnceLock<BioSet<Tio<T::PerBio>>>,
+    /// Where the target wants several bios for one.
+    legs: OnceLock<BioSet<Tio<T::PerBio>>>,
 }
 
 impl<T: Target> Typed<T> {
@@ -107,7 +121,21 @@ impl<T: Target> Typed<T> {
         Box::new(Self {
             target,
             set: OnceLock::new(),
+            legs: OnceLock::new(),
         })
+    }
+
+    /// How many bios of the row's own set of duplicates one bio needs.
+    fn most_legs(&self) -> usize {
+        let several = |op| Some(self.target.duplicates(op)).filter(|&count| count > 1);
+        let flushes = match self.target.flush_route() {
+            FlushRoute::ThroughMap => self.target.duplicates(Op::Flush),
+            FlushRoute::EachDevice => 0,
+        };
+        let ranges = [Op::Discard, Op::WriteZeroes]
+            .into_iter()
+            .filter_map(several);
+        ranges.fold(flushes, usize::max)
     }
 }
 
@@ -146,6 +174,10 @@ impl<T: Target> Row for Typed<T> {
         self.target.flush_route()
     }
 
+    fn duplicates(&self, op: Op) -> usize {
+        self.target.duplicates(op)
+    }
+
     fn event(&self, event: Event) -> BlkResult {
         self.target.event(event)
     }
@@ -156,6 +188,12 @@ impl<T: Target> Row for Typed<T> {
 
     fn bind(&self, sets: &Sets) {
         self.set.get_or_init(|| sets.of::<T::PerBio>());
+        let most = self.most_legs();
+        if most > 0 {
+            let size = set_size(most, sets.limit);
+            self.legs
+                .get_or_init(|| BioSet::without_rescuer(&sets.name, size));
+        }
     }
 
     fn map(&self, live: &LiveRef, row: usize, start: Sector, parent: Bio) -> Option<Mapped> {
@@ -166,14 +204,14 @@ impl<T: Target> Row for Typed<T> {
             return None;
         };
         clone.clone_from_parent(&parent);
-        clone.set_end_io(clone_end::<T::PerBio>);
+        clone.set_end_io(end_io::<T::PerBio>);
         let sector = Sector::new(parent.sector().raw().saturating_sub(start.raw()));
         if T::SENDS_ON {
             return match self.target.map(DmBio::new(clone, sector)) {
                 MapResult::Remapped(DmBio { bio: clone, .. }) => Some(Mapped {
                     clone,
                     parent,
-                    tell: tell::<T::PerBio>,
+                    tell: tell_clone::<T::PerBio>,
                 }),
                 MapResult::Requeue(_) => {
                     requeue(again(live), parent);
@@ -188,30 +226,60 @@ impl<T: Target> Row for Typed<T> {
         }
         // It may end, on another thread, before `map` returns.
         let live = again(live);
-        tell::<T::PerBio>(&mut clone, parent, live, row);
+        tell_clone::<T::PerBio>(&mut clone, parent, live, row);
         match self.target.map(DmBio::new(clone, sector)) {
             MapResult::Remapped(bio) => submit_bio(bio.bio),
             MapResult::Taken => {}
             MapResult::Requeue(mut bio) => {
                 let origin = bio.bio.pad_mut::<Tio<T::PerBio>>().origin.take();
                 drop(bio);
-                if let Some(Origin { parent, live, .. }) = origin {
-                    requeue(live, parent);
+                if let Some(Origin { whose, live, .. }) = origin {
+                    put_off(live, whose);
                 }
             }
         }
         None
     }
 
+    fn leg(&self, op: Op, wait: Wait) -> Option<Bio> {
+        self.legs.get()?.alloc(op, wait)
+    }
+
+    fn map_leg(&self, live: &LiveRef, row: usize, sector: Sector, mut bio: Bio, leg: Leg) {
+        bio.set_end_io(end_io::<T::PerBio>);
+        let nr = leg.nr;
+        tell::<T::PerBio>(&mut bio, Whose::Leg(leg), again(live), row);
+        match self.target.map(DmBio::leg(bio, sector, nr)) {
+            MapResult::Remapped(bio) => submit_bio(bio.bio),
+            MapResult::Taken => {}
+            MapResult::Requeue(mut bio) => {
+                let origin = bio.bio.pad_mut::<Tio<T::PerBio>>().origin.take();
+                drop(bio);
+                if let Some(Origin { whose, live, .. }) = origin {
+                    put_off(live, whose);
+                }
+            }
+        }
+    }
+
+    #[cfg(test)]
+    fn waiting(&self) -> usize {
+        self.set.get().map_or(0, BioSet::waiting)
+    }
+
     #[inline]
-    fn end(&self, clone: Bio, res: BlkResult) -> BlkResult {
-        let sector = clone.sector();
-        let mut bio = DmBio::new(clone, sector);
+    fn end(&self, bio: Bio, whose: &Whose, res: BlkResult) -> BlkResult {
+        let (nr, set) = match whose {
+            Whose::Clone(_) => (0, self.set.get()),
+            Whose::Leg(leg) => (leg.nr, self.legs.get()),
+        };
+        let sector = bio.sector();
+        let mut bio = DmBio::leg(bio, sector, nr);
         let res = self.target.end_io(&mut bio, res);
         if size_of::<T::PerBio>() > 0 {
             *bio.data_mut() = T::PerBio::default();
         }
-        match self.set.get() {
+        match set {
             Some(set) => set.give_back(bio.bio),
             None => drop(bio),
         }
@@ -219,25 +287,50 @@ impl<T: Target> Row for Typed<T> {
     }
 }
 
-fn tell<P: Default + Send + 'static>(clone: &mut Bio, parent: Bio, live: LiveRef, row: usize) {
-    let told = &mut clone.pad_mut::<Tio<P>>().origin;
-    debug_assert!(told.is_none(), "a clone of two bios");
+#[inline]
+fn tell<P: Default + Send + 'static>(bio: &mut Bio, whose: Whose, live: LiveRef, row: usize) {
+    let told = &mut bio.pad_mut::<Tio<P>>().origin;
+    debug_assert!(told.is_none(), "a bio made for two");
     if told.is_none() {
-        *told = Some(Origin { parent, live, row });
+        *told = Some(Origin { whose, live, row });
     }
 }
 
-fn clone_end<P: Default + Send + 'static>(mut clone: Bio, res: BlkResult) {
-    let Some(Origin { parent, live, row }) = clone.pad_mut::<Tio<P>>().origin.take() else {
+fn tell_clone<P: Default + Send + 'static>(
+    clone: &mut Bio,
+    parent: Bio,
+    live: LiveRef,
+    row: usize,
+) {
+    tell::<P>(clone, Whose::Clone(parent), live, row);
+}
+
+/// Holds what a bio was made for until the next resume.
+fn put_off(live: LiveRef, whose: Whose) {
+    match whose {
+        Whose::Clone(parent) => requeue(live, parent),
+        Whose::Leg(leg) => leg.requeue(),
+    }
+}
+
+fn end_io<P: Default + Send + 'static>(mut bio: Bio, res: BlkResult) {
+    let Some(Origin { whose, live, row }) = bio.pad_mut::<Tio<P>>().origin.take() else {
         return;
     };
-    // The clone names the parent's memory, so it goes first.
+    // It names the memory of the one it was made for, so it goes first.
     let res = match live.row(row) {
-        Some(row) => row.end(clone, res),
+        Some(row) => row.end(bio, &whose, res),
         None => {
-            drop(clone);
+            drop(bio);
             res
         }
     };
-    finish(live, parent, res);
+    match whose {
+        Whose::Clone(parent) => finish(live, parent, res),
+        Whose::Leg(leg) => {
+            // The one that has all legs tells a suspend.
+            drop(live);
+            leg.end(res);
+        }
+    }
 }

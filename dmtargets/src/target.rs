@@ -7,10 +7,11 @@ use std::sync::Arc;
 use blockstack::{Bio, BioFlags, BlkResult, DynDevice, Lanes, Limits, Op, Sector, SectorCount};
 
 pub use crate::args::{Args, CtrError};
+use crate::duplicates::Leg;
 use crate::mapped::LiveRef;
 
-/// Maps the bios of one row of a table. The core splits, clones, checks ranges, fans flushes out,
-/// stacks limits, prints; a target only says where a bio goes.
+/// Maps the bios of one row of a table. The core splits, clones, checks ranges, fans flushes and
+/// discards out, stacks limits, prints; a target only says where a bio goes.
 pub trait Target: Send + Sync + Sized + 'static {
     /// The word in the table.
     const NAME: &'static str;
@@ -27,7 +28,9 @@ pub trait Target: Send + Sync + Sized + 'static {
     fn new(args: &mut Args<'_>, cx: &TableCx<'_>) -> Result<Self, CtrError>;
     /// Lower ranges in use: the core flushes and stacks limits from them.
     fn devices(&self) -> &[DevRange];
-    /// Sends `bio` on its way; its sector is relative to this row. Must not wait.
+    /// Sends `bio` on its way; its sector is relative to this row. Must not wait, least of all for a
+    /// bio that was mapped before: of several [duplicates](Self::duplicates) the earlier ones are
+    /// submitted only after the last was mapped.
     fn map(&self, bio: DmBio<Self::PerBio>) -> MapResult<Self::PerBio>;
     /// Prints what [`Self::new`] parses.
     ///
@@ -44,6 +47,17 @@ pub trait Target: Send + Sync + Sized + 'static {
     /// How a flush reaches the devices.
     fn flush_route(&self) -> FlushRoute {
         FlushRoute::EachDevice
+    }
+    /// How many bios the target gets for one of `op`; always the same number. [`Self::map`] is
+    /// called for each, with the whole range; they are told apart by [`DmBio::nr`], cut down to what
+    /// one leg holds by [`DmBio::remap_part`], or completed where that is nothing. Asked for
+    /// discards and write-zeroes, which are not supported where it is zero, and for flushes where
+    /// they go [through `map`](FlushRoute::ThroughMap). Bios with data come once: a target that
+    /// wants more of them has a set of its own.
+    ///
+    /// The kernel's `num_discard_bios`, `num_write_zeroes_bios` and `num_flush_bios`.
+    fn duplicates(&self, _: Op) -> usize {
+        1
     }
     /// Prints what stands after the name in a status line.
     ///
@@ -75,7 +89,8 @@ pub enum MapResult<P = ()> {
     Remapped(DmBio<P>),
     /// The target owns it: queued, or already completed.
     Taken,
-    /// The core holds it until the next resume, and maps it then anew.
+    /// The core holds it until the next resume, and maps it then anew; of several
+    /// [duplicates](Target::duplicates) all, after those on their way ended.
     Requeue(DmBio<P>),
 }
 
@@ -84,7 +99,7 @@ pub enum MapResult<P = ()> {
 pub enum FlushRoute {
     /// A flush goes to each of the row's devices, past the target.
     EachDevice,
-    /// The target maps one empty flush.
+    /// The target maps an empty flush, or as many as it [says](Target::duplicates).
     ThroughMap,
 }
 
@@ -259,9 +274,17 @@ impl Notifier {
     }
 }
 
-/// Whose clone a clone is.
+/// What a bio of a set was made for.
+pub(crate) enum Whose {
+    /// A bio, whose clone it is.
+    Clone(Bio),
+    /// One of several duplicates.
+    Leg(Leg),
+}
+
+/// Where a bio of a set belongs to.
 pub(crate) struct Origin {
-    pub(crate) parent: Bio,
+    pub(crate) whose: Whose,
     /// Keeps the table, and tells a suspend that this bio is on its way.
     pub(crate) live: LiveRef,
     pub(crate) row: usize,
@@ -278,14 +301,20 @@ pub(crate) struct Tio<P> {
 pub struct DmBio<P = ()> {
     pub(crate) bio: Bio,
     sector: Sector,
+    nr: usize,
     pad: std::marker::PhantomData<fn() -> P>,
 }
 
 impl<P: Default + Send + 'static> DmBio<P> {
     pub(crate) fn new(bio: Bio, sector: Sector) -> Self {
+        Self::leg(bio, sector, 0)
+    }
+
+    pub(crate) fn leg(bio: Bio, sector: Sector, nr: usize) -> Self {
         Self {
             bio,
             sector,
+            nr,
             pad: std::marker::PhantomData,
         }
     }
@@ -320,6 +349,13 @@ impl<P: Default + Send + 'static> DmBio<P> {
         self.bio.is_empty()
     }
 
+    /// Which of its [duplicates](Target::duplicates) it is, from zero; the kernel's
+    /// `dm_bio_get_target_bio_nr`.
+    #[must_use]
+    pub fn nr(&self) -> usize {
+        self.nr
+    }
+
     /// The target's data.
     #[must_use]
     pub fn data_mut(&mut self) -> &mut P {
@@ -341,6 +377,18 @@ impl<P: Default + Send + 'static> DmBio<P> {
         );
         self.sector = Sector::new(range.start.raw() + offset.raw());
         self.bio.set_lane(&range.dev, self.sector);
+    }
+
+    /// As [`Self::remap_to`], with the length that the device is to get: for a discard or
+    /// write-zeroes of which it holds a part. Where that is empty, [complete](Self::complete) the
+    /// bio instead.
+    pub fn remap_part(&mut self, range: &DevRange, offset: Sector, len: SectorCount) {
+        debug_assert!(
+            len.raw() > 0 && len.raw() <= self.len().raw(),
+            "{len} sectors of {self:?}"
+        );
+        self.bio.set_len(len);
+        self.remap_to(range, offset);
     }
 
     /// Copies the data of a write out; `visit` gets byte offset and bytes.

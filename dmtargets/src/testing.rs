@@ -477,7 +477,8 @@ pub mod contract {
         assert!(rig.used().iter().all(|disk| disk.flushes() >= 1));
     }
 
-    /// Reads give what the target promises, wherever bios begin and end.
+    /// Reads give what the target promises, wherever bios begin and end; discards and write-zeroes
+    /// change their range and nothing else.
     pub fn reads_follow_writes<T: Target>(row: &str, keeps: Keeps) {
         let config = RigConfig {
             limits: blockstack::Limits {
@@ -488,6 +489,8 @@ pub mod contract {
         };
         let rig = rig::<T>(row, config);
         let mut model = vec![0u8; LEN as usize * 512];
+        // Of a discarded sector nobody knows what it reads as.
+        let mut known = vec![true; LEN as usize];
         let mut random = 0x9e37_79b9_u64;
         let mut below = |n: u64| {
             random ^= random << 13;
@@ -500,7 +503,17 @@ pub mod contract {
             let start = below(LEN - len + 1);
             let bytes = start as usize * 512..(start + len) as usize * 512;
             let sector = Sector::new(start);
+            let sectors = start as usize..(start + len) as usize;
+            if below(4) == 0 {
+                let op = [Op::Discard, Op::WriteZeroes][below(2) as usize];
+                if rig.range(op, sector, len).is_ok() {
+                    known[sectors].fill(op == Op::WriteZeroes);
+                    model[bytes].fill(0);
+                }
+                continue;
+            }
             if below(2) == 0 {
+                known[sectors].fill(true);
                 // Each sector says which it is, so that a misplaced one is seen.
                 for (at, chunk) in model[bytes.clone()].chunks_mut(512).enumerate() {
                     chunk.fill(round as u8);
@@ -511,7 +524,14 @@ pub mod contract {
                 continue;
             }
             match (keeps, rig.read(sector, len as usize)) {
-                (Keeps::Data, Ok(read)) => assert!(read == model[bytes], "{len} at {start}"),
+                (Keeps::Data, Ok(mut read)) => {
+                    for (found, at) in read.chunks_mut(512).zip(sectors) {
+                        if !known[at] {
+                            found.copy_from_slice(&model[at * 512..][..512]);
+                        }
+                    }
+                    assert!(read == model[bytes], "{len} at {start}");
+                }
                 (Keeps::Nothing, Ok(read)) => assert!(read.iter().all(|&byte| byte == 0)),
                 (Keeps::Errors, Err(BlkError::Io)) => {}
                 (_, res) => panic!("{len} at {start}: {:?}", res.map(drop)),
@@ -529,6 +549,7 @@ pub mod contract {
         let whole = vec![1; LEN as usize * 512];
         assert!(rig.write(Sector::ZERO, &whole).is_err());
         assert!(rig.read(Sector::ZERO, LEN as usize).is_err());
+        assert!(rig.range(Op::WriteZeroes, Sector::ZERO, LEN).is_err());
         assert!(rig.flush().is_err());
         rig.set_mood(Mood::Works);
         assert_eq!(rig.flush(), Ok(()));
@@ -543,11 +564,13 @@ pub mod contract {
         rig.set_mood(Mood::Drops);
         let whole = vec![1; LEN as usize * 512];
         assert_eq!(rig.write(Sector::ZERO, &whole), Err(BlkError::Io));
+        assert!(rig.range(Op::WriteZeroes, Sector::ZERO, LEN).is_err());
         assert_eq!(rig.flush(), Err(BlkError::Io));
         rig.set_mood(Mood::Works);
     }
 
-    /// One bio for clones is enough, for any number of pieces and of threads.
+    /// One bio for clones is enough, for any number of pieces and of threads, and as many as one
+    /// discard needs where a target gets several.
     pub fn one_bio_makes_progress<T: Target>(row: &str) {
         let config = RigConfig {
             bios: 1,
@@ -564,11 +587,13 @@ pub mod contract {
                     for at in 0..50 {
                         rig.start(Op::Write, Sector::new(at), Some(&bytes), 0);
                         rig.start(Op::Flush, Sector::ZERO, None, 0);
+                        rig.start(Op::Discard, Sector::new(at), None, 200);
+                        rig.start(Op::WriteZeroes, Sector::new(at), None, 200);
                     }
                 });
             }
         });
-        wait(&rig, 400);
+        wait(&rig, 800);
     }
 
     fn wait(rig: &Rig, count: usize) {

@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "an allocator that counts")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use blockstack::backend::null::NullDisk;
@@ -10,7 +11,10 @@ use blockstack::{
     BioFlags, BlkError, DynDevice, Op, PagePool, Sector, SectorCount, flush_wait, range_wait,
     read_wait, write_wait,
 };
-use dmtargets::{MappedDevice, Registry, Table};
+use dmtargets::target::MapResult;
+use dmtargets::{
+    Args, CtrError, DevRange, DmBio, FlushRoute, MappedDevice, Registry, Table, TableCx, Target,
+};
 
 struct Counting;
 
@@ -35,6 +39,36 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// Discards and flushes go to each of six ranges of a device, and data to the first.
+struct Six(Vec<DevRange>);
+
+impl Target for Six {
+    const NAME: &'static str = "six";
+    type PerBio = ();
+
+    fn new(args: &mut Args<'_>, cx: &TableCx<'_>) -> Result<Self, CtrError> {
+        let dev = cx.open(args.word("device")?)?;
+        let range = |at: u64| DevRange::new(dev.clone(), Sector::new(at * 10), cx.len());
+        Ok(Self((0..6).map(range).collect::<Result<_, _>>()?))
+    }
+    fn devices(&self) -> &[DevRange] {
+        &self.0
+    }
+    fn duplicates(&self, _: Op) -> usize {
+        self.0.len()
+    }
+    fn flush_route(&self) -> FlushRoute {
+        FlushRoute::ThroughMap
+    }
+    fn map(&self, mut bio: DmBio) -> MapResult {
+        bio.remap(&self.0[bio.nr()]);
+        MapResult::Remapped(bio)
+    }
+    fn table_args(&self, out: &mut dyn fmt::Write) -> fmt::Result {
+        write!(out, "{}", self.0[0].dev().name())
+    }
+}
+
 /// Reads and writes inside a row and across rows, flushes alone and before a write, discards.
 fn workload(dev: &DynDevice) {
     let pool = PagePool::shared();
@@ -46,6 +80,7 @@ fn workload(dev: &DynDevice) {
         drop(read_wait(dev, sector, buf).unwrap());
         flush_wait(dev).unwrap();
         range_wait(dev, Op::Discard, sector, SectorCount::new(100)).unwrap();
+        range_wait(dev, Op::WriteZeroes, sector, SectorCount::new(90)).unwrap();
     }
 }
 
@@ -62,8 +97,10 @@ fn a_mapped_device_allocates_nothing_after_warm_up() {
     let table = Table::parse(rows, &Registry::standard(), &open).unwrap();
     let lower: DynDevice = MappedDevice::create("lower", table).unwrap();
     let open = |_: &str| Ok(lower.clone());
-    let rows = "0 200 linear lower 0\n200 300 linear lower 200\n";
-    let table = Table::parse(rows, &Registry::standard(), &open).unwrap();
+    let rows = "0 200 linear lower 0\n200 300 six lower\n";
+    let mut registry = Registry::standard();
+    registry.register::<Six>();
+    let table = Table::parse(rows, &registry, &open).unwrap();
     let top: DynDevice = MappedDevice::create("top", table).unwrap();
     // Each of the pooled bios grows its lists on its first use.
     for _ in 0..30 {

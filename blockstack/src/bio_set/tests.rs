@@ -158,3 +158,29 @@ fn a_set_may_end_before_its_bios_do() {
     drop(first);
     std::thread::spawn(move || drop(second)).join().unwrap();
 }
+
+#[test]
+fn a_bio_that_was_let_go_leaves_its_place_and_still_ends_once() {
+    fn end(mut bio: Bio, res: crate::BlkResult) {
+        assert_eq!(res, Ok(()));
+        bio.pad_mut::<CountPad>().0.fetch_add(1, Ordering::Relaxed);
+    }
+    #[derive(Default)]
+    struct CountPad(Arc<AtomicUsize>);
+    let (set, other) = (
+        BioSet::<CountPad>::new("one", 1),
+        BioSet::<()>::new("other", 1),
+    );
+    let mut bio = set.alloc(Op::Discard, Wait::Yes).unwrap();
+    let ends = bio.pad_mut::<CountPad>().0.clone();
+    bio.set_end_io(end);
+    other.disown(&mut bio);
+    assert_eq!((set.in_use(), other.in_use()), (1, 0));
+    set.disown(&mut bio);
+    assert_eq!(set.in_use(), 0);
+    let second = set.alloc(Op::Read, Wait::No).unwrap();
+    bio.complete(Ok(()));
+    assert_eq!((ends.load(Ordering::Relaxed), set.in_use()), (1, 1));
+    drop(second);
+    assert_eq!(set.in_use(), 0);
+}

@@ -10,7 +10,7 @@ use blockstack::backend::mem::MemDisk;
 use blockstack::{
     BioFlags, BlkError, BlkResult, BlockDevice, DynDevice, Limits, Op, Sector, SectorCount,
 };
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use super::{MappedDevice, linear_over};
 use crate::args::{Args, CtrError};
@@ -24,7 +24,6 @@ const TWO_ROWS: &str = "0 16 linear mem0 100\n16 48 linear mem1 0\n";
 fn rig(rows: &str) -> Rig {
     let mut registry = Registry::standard();
     registry.register::<Odd>();
-    registry.register::<Snap>();
     Rig::with_registry(rows, RigConfig::default(), registry).unwrap()
 }
 
@@ -232,6 +231,29 @@ fn a_requeued_bio_is_mapped_anew_at_the_next_resume() {
     );
 }
 
+/// With one piece for all, kept by what is held for the next resume, the second would be waited for
+/// for ever, and the suspend before that resume would wait for who waits.
+#[test]
+fn a_piece_that_is_requeued_keeps_no_place_in_the_set_of_pieces() {
+    let mut registry = Registry::standard();
+    registry.register::<Odd>();
+    let config = RigConfig {
+        bios: 1,
+        ..RigConfig::default()
+    };
+    let (done, over) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let rig = Rig::with_registry("0 64 odd mem0 requeue\n", config, registry).unwrap();
+        rig.start(Op::Write, Sector::new(4), Some(&[1; 24 * 512]), 0);
+        rig.mapped().suspend(Suspend::NoFlush).unwrap();
+        rig.mapped().resume().unwrap();
+        done.send((rig.ended(), rig.disk("mem0").written().len()))
+            .unwrap();
+    });
+    let ended = over.recv_timeout(Duration::from_secs(20));
+    assert_eq!(ended, Ok(((1, 0), 4)), "or waits for a piece");
+}
+
 #[test]
 fn messages_and_events() {
     let rig = rig("0 64 odd mem0 through\n64 8 linear mem1 0\n");
@@ -383,74 +405,6 @@ fn tables_that_are_none_are_refused_by_row() {
         "row 1, linear: device \"mem9\": no such device"
     );
     assert!(error("0 18446744073709551615 zero").starts_with("row 1: 1844"));
-}
-
-/// A target with a lock that a bio takes in `map` and gives back at its end, as a snapshot does
-/// while it copies. Against the rule it waits in `map`: the point is that it can only wait for
-/// bios that are on their way, never for one parked behind its own thread.
-struct Snap {
-    lower: [DevRange; 1],
-    lock: Arc<(Mutex<bool>, Condvar)>,
-}
-
-impl Target for Snap {
-    const NAME: &'static str = "snap";
-    type PerBio = ();
-
-    fn new(args: &mut Args<'_>, cx: &TableCx<'_>) -> Result<Self, CtrError> {
-        let dev = cx.open(args.word("device")?)?;
-        cx.split_at(SectorCount::new(8));
-        Ok(Self {
-            lower: [DevRange::new(dev, Sector::ZERO, cx.len())?],
-            lock: Arc::default(),
-        })
-    }
-    fn devices(&self) -> &[DevRange] {
-        &self.lower
-    }
-    fn map(&self, mut bio: DmBio) -> MapResult {
-        let mut taken = self.lock.0.lock();
-        while *taken {
-            let timeout = self.lock.1.wait_for(&mut taken, Duration::from_secs(10));
-            assert!(!timeout.timed_out(), "waits for what is parked behind it");
-        }
-        *taken = true;
-        bio.remap(&self.lower[0]);
-        MapResult::Remapped(bio)
-    }
-    fn end_io(&self, _: &mut DmBio, res: BlkResult) -> BlkResult {
-        *self.lock.0.lock() = false;
-        self.lock.1.notify_all();
-        res
-    }
-    fn table_args(&self, out: &mut dyn fmt::Write) -> fmt::Result {
-        write!(out, "{}", self.lower[0].dev().name())
-    }
-}
-
-/// `snap` over `linear` over a disk, bios that are split in each layer, several threads.
-#[test]
-fn a_lock_held_to_the_end_of_a_bio_does_not_wait_for_a_parked_one() {
-    let disk: DynDevice = MemDisk::new("mem0", SectorCount::new(4096));
-    let middle: DynDevice = linear_over(disk, Sector::new(8), SectorCount::new(2048)).unwrap();
-    let open = |_: &str| Ok(middle.clone());
-    let mut registry = Registry::empty();
-    registry.register::<Snap>();
-    let table = Table::parse("0 1024 snap lower\n", &registry, &open).unwrap();
-    let top: DynDevice = MappedDevice::create("top", table).unwrap();
-    std::thread::scope(|scope| {
-        for thread in 0..3u64 {
-            let top = &top;
-            scope.spawn(move || {
-                for round in 0..50 {
-                    let mut buf = blockstack::PagePool::shared().alloc(65536).unwrap();
-                    buf.fill(thread as u8);
-                    let sector = Sector::new(thread * 300 + round);
-                    blockstack::write_wait(top, sector, buf, BioFlags::empty()).unwrap();
-                }
-            });
-        }
-    });
 }
 
 /// Three layers with one bio each, all of which split, under several threads.
