@@ -488,7 +488,7 @@ impl Fs {
                 Err(error) => break Err(error),
             }
         };
-        let (plan, buf, end) = match prepared {
+        let (plan, buf, reached) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
                 drop(data);
@@ -496,11 +496,14 @@ impl Fs {
                 return Err((error, reply));
             }
         };
+        if reached < end {
+            inode.io.shorten(from, to, reached);
+        }
+        let end = reached;
         let extends = end > data.size;
         let sync = self.opts.sync || data.flags.contains(InodeFlags::SYNC);
-        inode.io.shorten(from, to, end);
         drop(data);
-        let mut write = Box::new(WriteEnd {
+        let mut write = WriteEnd {
             from,
             to,
             end,
@@ -514,7 +517,7 @@ impl Fs {
             reply: None,
             outcome: Ok(()),
             behind: 0,
-        });
+        };
         let mut early = None;
         let behind = self.behind.load(Ordering::Acquire);
         if origin == Origin::PageCache && !sync && behind < WRITE_BEHIND {
@@ -530,10 +533,7 @@ impl Fs {
         };
         let small = early.is_some() && buf.len() <= SMALL;
         let gathered = match (&plan.extents[..], small) {
-            ([extent], true) => match self.gather(extent.sector, &buf, write) {
-                Ok(()) => None,
-                Err((_no_memory, back)) => Some(back),
-            },
+            ([extent], true) => self.gather(extent.sector, &buf, write),
             _ => Some(write),
         };
         if let Some(write) = gathered {

@@ -294,7 +294,7 @@ impl Fs {
                 alloc,
                 inodes: InodeTable::default(),
                 orphans: Orphans::default(),
-                batch: Batch::new(data_io.open()),
+                batch: Batch::new(),
                 data_io,
                 behind: AtomicUsize::new(0),
                 rename_lock: Mutex::new(Rank::Rename, ()),
