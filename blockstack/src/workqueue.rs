@@ -156,9 +156,45 @@ impl<T: Send + 'static> Workqueue<T> {
         state.flushing -= 1;
     }
 
+    /// Waits until fewer than `n` items wait or run; at once for an `n` of zero.
+    pub fn wait_below(&self, n: usize) {
+        assert_may_wait();
+        let mut state = self.inner.state.lock_nested();
+        if n == 0 || state.items.len() + state.running < n {
+            return;
+        }
+        state.flushing += 1;
+        while state.items.len() + state.running >= n {
+            self.inner.quiet.wait(&mut state);
+        }
+        state.flushing -= 1;
+    }
+
     /// Waits until all is done and ends the threads; what a drop does.
     pub fn destroy(self) {
         drop(self);
+    }
+
+    /// Waits until all is done and ends the threads. An item that comes later is done by a new one,
+    /// where the system gives it. Not for an item of the queue itself.
+    pub fn end_threads(&self) {
+        let me = thread::current().id();
+        loop {
+            let threads = {
+                let mut state = self.inner.state.lock_nested();
+                state.stop = !state.threads.is_empty();
+                std::mem::take(&mut state.threads)
+            };
+            if threads.is_empty() {
+                return;
+            }
+            self.inner.work.notify_all();
+            for thread in threads {
+                if thread.thread().id() != me && thread.join().is_err() {
+                    log::error!("{}: a thread panicked", self.inner.name);
+                }
+            }
+        }
     }
 
     /// Items that wait or run.
@@ -208,19 +244,10 @@ fn work<T>(inner: &Inner<T>) {
 
 impl<T: Send + 'static> Drop for Workqueue<T> {
     fn drop(&mut self) {
-        let threads = {
-            let mut state = self.inner.state.lock_nested();
-            state.stop = true;
-            std::mem::take(&mut state.threads)
-        };
-        self.inner.work.notify_all();
+        self.end_threads();
         // The last owner may be an item of the queue itself; its thread ends after it.
-        let me = thread::current().id();
-        for thread in threads {
-            if thread.thread().id() != me && thread.join().is_err() {
-                log::error!("{}: a thread panicked", self.inner.name);
-            }
-        }
+        self.inner.state.lock_nested().stop = true;
+        self.inner.work.notify_all();
     }
 }
 

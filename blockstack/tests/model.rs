@@ -199,7 +199,7 @@ proptest! {
         let image = Image::from_bytes(&bytes);
         let disk = CrashDisk::from_image("disk", image, Timing::Shuffled { seed });
         let engine = DirectIo::<Box<dyn FnOnce(Buf, BlkResult<usize>) + Send>>::new(
-            "model", disk.clone(), DioConfig { requests: 1, pieces: 1, workers: 1 });
+            "model", disk.clone(), DioConfig { requests: 1, pieces: 1, workers: 1, ..DioConfig::default() });
         let dio: Dio<_> = engine.open();
         let kinds = [Mapping::Hole, Mapping::Unwritten, Mapping::Mapped, Mapping::Mapped];
         // Extents on the device do not overlap; they go down from the end.

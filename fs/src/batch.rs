@@ -23,7 +23,7 @@ use blockstack::sync::{Condvar, Mutex, Rank};
 use blockstack::{BioFlags, Buf, PagePool, Sector, SectorCount};
 
 use crate::core::Fs;
-use crate::data::{FileIo, IoEnd, WriteEnd};
+use crate::data::{IoEnd, WriteEnd};
 use crate::error::{FsError, FsResult};
 use crate::inode::Inode;
 
@@ -37,7 +37,7 @@ const LINGER: Duration = Duration::from_millis(4);
 /// A write whose data stands in a batch.
 pub(crate) struct Gathered {
     pub(crate) inode: Arc<Inode>,
-    pub(crate) write: Box<WriteEnd>,
+    pub(crate) write: WriteEnd,
 }
 
 /// Writes that lie one behind the other on the device.
@@ -68,18 +68,16 @@ struct Shared {
 /// See the module's documentation.
 pub struct Batch {
     shared: Arc<Shared>,
-    io: FileIo,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Batch {
-    pub(crate) fn new(io: FileIo) -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             shared: Arc::new(Shared {
                 open: Mutex::new(Rank::Counters, Open::default()),
                 first: Condvar::new(),
             }),
-            io,
             thread: Mutex::new(Rank::Mount, None),
         }
     }
@@ -135,13 +133,14 @@ impl Drop for Batch {
 }
 
 impl Fs {
-    /// Adds a small write. On an error nothing was taken but the write, which comes back.
+    /// Adds a small write; gives it back where there is no memory for it.
+    #[must_use]
     pub(crate) fn gather(
         self: &Arc<Self>,
         start: Sector,
         bytes: &[u8],
         write: Gathered,
-    ) -> Result<(), (FsError, Gathered)> {
+    ) -> Option<Gathered> {
         let full = {
             let mut open = self.batch.shared.open.lock();
             let continues = open
@@ -152,9 +151,9 @@ impl Fs {
             if open.run.is_none() {
                 let buf = match PagePool::shared().alloc(FULL) {
                     Ok(buf) => buf,
-                    Err(error) => {
+                    Err(_no_memory) => {
                         open.run = before;
-                        return Err((error.into(), write));
+                        return Some(write);
                     }
                 };
                 open.run = Some(Run {
@@ -177,7 +176,7 @@ impl Fs {
         if let Some(run) = full {
             self.send(run);
         }
-        Ok(())
+        None
     }
 
     /// Sends what was gathered so far.
@@ -199,9 +198,13 @@ impl Fs {
         if let Err(error) = shortened {
             log::error!("batch of {} bytes: {error}", run.len);
         }
+        // By the bio of one of the files: one of all batches could be kept by a device that is
+        // frozen, while this batch is for another.
+        let Some(inode) = run.writes.first().map(|first| first.inode.clone()) else {
+            return;
+        };
         let end = IoEnd::batch(self.clone(), run.writes);
-        self.batch
-            .io
+        self.file_io(&inode)
             .write(&[extent], run.buf, BioFlags::empty(), end);
     }
 }

@@ -18,7 +18,8 @@
 //!
 //! write: claim -> inode (w) -> group; its end: inode (w) -> transaction -> extent tree -> group
 //! read: wait for claims -> inode (r), released before the bios end
-//! truncate, punch: claims and requests drained without a lock -> inode (w) -> transaction
+//! truncate, punch: bar -> claims and requests drained without a lock -> inode (w), bar lifted
+//!     -> transaction
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -99,6 +100,8 @@ pub(crate) struct WriteEnd {
     stamps: bool,
     /// Whether the file gets longer, as far as known at the start.
     extends: bool,
+    /// Whether it is to be durable before it is answered.
+    sync: bool,
     origin: Origin,
     /// Reserved runs, and the file's blocks they are for.
     new: SmallVec<[(u32, Run); 4]>,
@@ -164,7 +167,7 @@ impl DioDone for IoEnd {
     fn must_wait(&self) -> bool {
         match &self.kind {
             EndKind::Read { .. } => false,
-            EndKind::Write(write) => write.write.changes_inode() || self.fs.opts.sync,
+            EndKind::Write(write) => write.write.changes_inode() || write.write.sync,
             EndKind::Batch(_) => true,
         }
     }
@@ -254,18 +257,32 @@ impl Fs {
         inode.dio.get_or_init(|| self.data_io.open())
     }
 
-    /// Waits until no write of blocks `from..to` is under way. The caller must hold no lock.
+    /// Waits until no write of blocks `from..to` is under way, and behind whoever waits for a file
+    /// without any. The caller must hold no lock.
     pub(crate) fn wait_clear(self: &Arc<Self>, inode: &Inode, from: u32, to: u32) {
-        if inode.io.is_claimed(from, to) {
+        if inode.io.is_busy(from, to) {
             self.flush_batch();
             inode.io.wait_clear(from, to);
         }
     }
 
-    /// Waits until no data of the inode is under way and locks it.
+    /// Waits until the writes that are under way now are over. The caller must hold no lock.
+    pub(crate) fn wait_begun(self: &Arc<Self>, inode: &Inode) {
+        if inode.io.is_claimed(0, u32::MAX) {
+            self.flush_batch();
+            inode.io.wait_begun();
+        }
+    }
+
+    /// Waits until no data of the inode is under way and locks it. What comes meanwhile waits
+    /// behind it.
     pub(crate) fn quiesce<'a>(self: &Arc<Self>, inode: &'a Inode) -> Quiet<'a> {
+        let _bar = inode.io.bar();
         loop {
-            self.wait_clear(inode, 0, u32::MAX);
+            if inode.io.is_claimed(0, u32::MAX) {
+                self.flush_batch();
+                inode.io.wait_none();
+            }
             if let Some(dio) = inode.dio.get() {
                 dio.wait_idle();
             }
@@ -471,7 +488,7 @@ impl Fs {
                 Err(error) => break Err(error),
             }
         };
-        let (plan, buf, end) = match prepared {
+        let (plan, buf, reached) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
                 drop(data);
@@ -479,25 +496,31 @@ impl Fs {
                 return Err((error, reply));
             }
         };
+        if reached < end {
+            inode.io.shorten(from, to, reached);
+        }
+        let end = reached;
         let extends = end > data.size;
+        let sync = self.opts.sync || data.flags.contains(InodeFlags::SYNC);
         drop(data);
-        let mut write = Box::new(WriteEnd {
+        let mut write = WriteEnd {
             from,
             to,
             end,
             bytes: (end - offset) as u32,
             stamps: origin != Origin::PageCache && !caller.keeps_times,
             extends,
+            sync,
             origin,
             new: plan.new,
             unwritten: plan.unwritten,
             reply: None,
             outcome: Ok(()),
             behind: 0,
-        });
+        };
         let mut early = None;
         let behind = self.behind.load(Ordering::Acquire);
-        if origin == Origin::PageCache && !self.opts.sync && behind < WRITE_BEHIND {
+        if origin == Origin::PageCache && !sync && behind < WRITE_BEHIND {
             write.behind = buf.len();
             self.behind.fetch_add(write.behind, Ordering::AcqRel);
             early = Some((reply, write.bytes));
@@ -510,10 +533,7 @@ impl Fs {
         };
         let small = early.is_some() && buf.len() <= SMALL;
         let gathered = match (&plan.extents[..], small) {
-            ([extent], true) => match self.gather(extent.sector, &buf, write) {
-                Ok(()) => None,
-                Err((_no_memory, back)) => Some(back),
-            },
+            ([extent], true) => self.gather(extent.sector, &buf, write),
             _ => Some(write),
         };
         if let Some(write) = gathered {
@@ -702,28 +722,24 @@ impl Fs {
 
     /// The data is on the device: lets the inode name it.
     fn end_write(&self, inode: &Arc<Inode>, write: &WriteEnd) -> FsResult {
-        inode.unflushed.store(true, Ordering::Release);
+        let written = inode.unflushed.mark();
         let needs_metadata =
             !write.new.is_empty() || !write.unwritten.is_empty() || write.changes_inode();
-        if !needs_metadata {
-            return Ok(());
+        if needs_metadata {
+            let mut data = inode.data.write();
+            self.name_blocks(inode, &mut data, write)?;
+            if self.opts.sync {
+                // The handle has waited for its commit, which flushed.
+                inode.unflushed.flushed(written);
+            }
         }
-        let mut data = inode.data.write();
-        let result = self.name_blocks(inode, &mut data, write);
-        drop(data);
-        let tid = result?;
-        if self.opts.sync {
-            self.journal.commit_wait(tid)?;
+        if write.sync {
+            self.persist(inode, inode.datasync_tid.load(Ordering::Acquire))?;
         }
         Ok(())
     }
 
-    fn name_blocks(
-        &self,
-        inode: &Arc<Inode>,
-        data: &mut InodeData,
-        write: &WriteEnd,
-    ) -> FsResult<u32> {
+    fn name_blocks(&self, inode: &Arc<Inode>, data: &mut InodeData, write: &WriteEnd) -> FsResult {
         let runs = (write.new.len() + write.unwritten.len()) as u32;
         let credits = WRITE_CREDITS + map::meta_credits(data, runs.max(1)) + 2 * runs;
         let handle = match self.journal.start(credits) {
@@ -737,6 +753,8 @@ impl Fs {
             }
         };
         let mut result = Ok(());
+        // Block behind the last that may be named.
+        let mut named = 0;
         for &(lblk, run) in &write.new {
             if result.is_err() {
                 self.alloc.unreserve(run);
@@ -751,15 +769,23 @@ impl Fs {
                         self.alloc
                             .free(&handle, run.start, run.len, crate::alloc::BlockUse::Data);
                     result = result.and(back);
+                } else {
+                    named = named.max(lblk + run.len);
                 }
             }
         }
         for &(lblk, len) in &write.unwritten {
-            result = result.and_then(|()| map::convert(self, &handle, inode, data, lblk, len));
+            if result.is_ok() {
+                named = named.max(lblk + len);
+                result = map::convert(self, &handle, inode, data, lblk, len);
+            }
         }
-        if result.is_ok() && write.end > data.size {
-            data.size = write.end;
-        }
+        let end = match result {
+            Ok(()) => write.end,
+            // A file with blocks of data behind its end is a damaged one.
+            Err(_) => write.end.min(u64::from(named) << self.geo.block_bits),
+        };
+        data.size = data.size.max(end);
         if let Origin::Direct { kill_priv } = write.origin {
             if write.stamps {
                 let now = self.now();
@@ -771,9 +797,8 @@ impl Fs {
             }
         }
         let written = self.write_inode(&handle, inode, data);
-        let tid = handle.tid();
-        inode.datasync_tid.store(tid, Ordering::Release);
-        handle.finish(result.and(written)).map(|()| tid)
+        inode.datasync_tid.store(handle.tid(), Ordering::Release);
+        handle.finish(result.and(written))
     }
 
     /// Makes a file durable; `datasync` without what reading it back does not need.
@@ -781,29 +806,31 @@ impl Fs {
     /// # Errors
     /// Also of writes that were answered before they ended.
     pub fn fsync(self: &Arc<Self>, inode: &Inode, datasync: bool) -> FsResult {
-        self.wait_clear(inode, 0, u32::MAX);
-        if let Some(dio) = inode.dio.get() {
-            dio.wait_idle();
-        }
+        self.wait_begun(inode);
         let lost = inode.io.take_error();
         let tid = if datasync {
             &inode.datasync_tid
         } else {
             &inode.tid
         };
-        let tid = tid.load(Ordering::Acquire);
-        let needs_flush = inode.unflushed.swap(false, Ordering::AcqRel);
-        let durable = match (tid, needs_flush) {
-            (0, false) => Ok(()),
-            (0, true) if self.opts.barrier => flush_wait(&self.dev).map_err(FsError::from),
-            (0, true) => Ok(()),
-            (tid, true) => self.journal.commit_or_flush(tid),
-            (tid, false) => self.journal.commit_wait(tid),
-        };
-        if durable.is_err() && needs_flush {
-            inode.unflushed.store(true, Ordering::Release);
-        }
+        let durable = self.persist(inode, tid.load(Ordering::Acquire));
         lost.map_or(Ok(()), Err).and(durable)
+    }
+
+    /// Makes transaction `tid` durable, and the data of the inode that was written so far.
+    fn persist(&self, inode: &Inode, tid: u32) -> FsResult {
+        let unflushed = inode.unflushed.needed();
+        match (tid, unflushed) {
+            (0, None) => Ok(()),
+            (0, Some(_)) if self.opts.barrier => flush_wait(&self.dev).map_err(FsError::from),
+            (0, Some(_)) => Ok(()),
+            (tid, Some(_)) => self.journal.commit_or_flush(tid),
+            (tid, None) => self.journal.commit_wait(tid),
+        }?;
+        if let Some(written) = unflushed {
+            inode.unflushed.flushed(written);
+        }
+        Ok(())
     }
 
     /// Waits for all data under way and makes everything durable.
@@ -813,7 +840,7 @@ impl Fs {
     pub fn sync(self: &Arc<Self>) -> FsResult {
         let mut first = Ok(());
         for inode in self.inodes.all() {
-            self.wait_clear(&inode, 0, u32::MAX);
+            self.wait_begun(&inode);
             if let Some(error) = inode.io.take_error() {
                 first = first.and(Err(error));
             }
@@ -844,7 +871,7 @@ impl Fs {
         let start = u64::from(lblk) << self.geo.block_bits;
         buf[(from - start) as usize..(to - start) as usize].fill(0);
         blockstack::write_wait(&self.dev, sector, buf, BioFlags::empty())?;
-        inode.unflushed.store(true, Ordering::Release);
+        inode.unflushed.mark();
         Ok(())
     }
 
@@ -853,7 +880,7 @@ impl Fs {
     /// # Errors
     /// [`FsError::NoSuchAddress`] at or past the end of file, or without data behind `offset`.
     pub fn seek(self: &Arc<Self>, inode: &Inode, offset: u64, what: Seek) -> FsResult<u64> {
-        self.wait_clear(inode, 0, u32::MAX);
+        self.wait_begun(inode);
         let data = inode.data.read();
         if offset >= data.size {
             return Err(FsError::NoSuchAddress);

@@ -283,7 +283,9 @@ impl Fs {
             })
         };
         let mut spawn_error = None;
-        let data_io = DirectIo::new("fs", dev, DioConfig::default());
+        // By its name, the threads of several mounts can be told apart.
+        let name = dev.name().rsplit('/').next().unwrap_or("fs").to_owned();
+        let data_io = DirectIo::new(&name, dev, DioConfig::default());
         let fs = Arc::new_cyclic(|weak: &Weak<Self>| {
             let queue = evictions(weak.clone());
             Self {
@@ -292,7 +294,7 @@ impl Fs {
                 alloc,
                 inodes: InodeTable::default(),
                 orphans: Orphans::default(),
-                batch: Batch::new(data_io.open()),
+                batch: Batch::new(),
                 data_io,
                 behind: AtomicUsize::new(0),
                 rename_lock: Mutex::new(Rank::Rename, ()),
@@ -370,7 +372,7 @@ impl Fs {
     pub fn unmount(self: &Arc<Self>) -> FsResult {
         let mut first = Ok(());
         for inode in self.inodes.all() {
-            self.wait_clear(&inode, 0, u32::MAX);
+            self.wait_begun(&inode);
             if let Some(dio) = inode.dio.get() {
                 dio.wait_idle();
             }
@@ -381,7 +383,7 @@ impl Fs {
             inode.lookups.store(0, Ordering::Release);
             self.put(inode);
         }
-        self.data_io.drain();
+        self.data_io.shut_down();
         self.batch.stop();
         if let Some(evictions) = &self.evictions {
             evictions.drain();

@@ -7,7 +7,7 @@ pub mod map;
 pub mod range;
 pub mod table;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use blockstack::sync::{Rank, RwLock};
@@ -20,7 +20,7 @@ use crate::format::inode::{InodeData, inode_csum_seed, seal_inode, verify_inode}
 use crate::journal::{Class, Handle};
 use crate::orphan::OrphanLink;
 
-pub use io::IoState;
+pub use io::{IoState, Unflushed};
 pub use table::InodeTable;
 
 /// Where `i_dtime` stands in an inode.
@@ -66,8 +66,8 @@ pub struct Inode {
     pub io: IoState,
     /// The control block of its data; made on first need.
     pub dio: OnceLock<FileIo>,
-    /// Data was written since the device was last flushed for it.
-    pub unflushed: AtomicBool,
+    /// Whether data was written since the device was last flushed for it.
+    pub unflushed: Unflushed,
 }
 
 impl Inode {
@@ -88,7 +88,7 @@ impl Inode {
             orphan: OrphanLink::default(),
             io: IoState::default(),
             dio: OnceLock::new(),
-            unflushed: AtomicBool::new(false),
+            unflushed: Unflushed::default(),
         })
     }
 

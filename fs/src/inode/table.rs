@@ -100,7 +100,7 @@ impl Fs {
             let tid = self.journal.youngest();
             inode.tid.store(tid, Ordering::Release);
             inode.datasync_tid.store(tid, Ordering::Release);
-            inode.unflushed.store(true, Ordering::Release);
+            inode.unflushed.mark();
             Ok(inode)
         })
     }
