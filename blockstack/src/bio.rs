@@ -27,7 +27,6 @@
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::time::Instant;
 
 use smallvec::SmallVec;
@@ -36,6 +35,7 @@ use crate::bio_set::{BioSet, Home};
 use crate::buf::{Buf, Segment};
 use crate::device::BlockDevice;
 use crate::error::{BlkError, BlkResult};
+use crate::sync::prim::atomic::{AtomicU8, AtomicU32, Ordering};
 use crate::sync::{Mutex, Rank};
 use crate::units::{SECTOR_SHIFT, SECTOR_SIZE, Sector, SectorCount};
 

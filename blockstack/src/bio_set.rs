@@ -28,10 +28,10 @@ use std::fmt;
 use std::io;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::bio::{Bio, Node, Op, Pad};
 use crate::submit::{in_submission, submit_bio, take_parked};
+use crate::sync::prim::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, Rank, assert_may_wait, assert_not_completing};
 use crate::workqueue::{OnceWorkqueue, Workqueue};
 

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use crate::bio::{Bio, BioFlags, Op};
 use crate::device::BlockDevice;
 use crate::error::BlkError;
+use crate::sync::prim::thread_local;
 
 #[derive(Default)]
 struct Lists {
