@@ -113,7 +113,9 @@ fn round(hits: &dyn Hits, threads: u64, keys: Keys) -> f64 {
             })
             .collect();
         let mine = one(0);
-        let joined = others.into_iter().map(|other| other.join().expect("thread"));
+        let joined = others
+            .into_iter()
+            .map(|other| other.join().expect("thread"));
         joined.fold(mine, f64::max)
     })
 }
@@ -132,7 +134,9 @@ fn compare() {
             }
         }
     }
-    println!("hits of {BLOCKS} blocks     1 thread   2, own blocks   2, same blocks   rate of 2 / 1");
+    println!(
+        "hits of {BLOCKS} blocks     1 thread   2, own blocks   2, same blocks   rate of 2 / 1"
+    );
     for (hits, ns) in all.iter().zip(&best) {
         println!(
             "{:<20} {:>9.1} ns {:>12.1} ns {:>13.1} ns {:>15.2}",
