@@ -13,7 +13,7 @@ use crate::buffer::Inner;
 use crate::cache::Cache;
 use crate::state::Phase;
 
-const RINGS: usize = 16;
+const RINGS: usize = if cfg!(shuttle) { 2 } else { 16 };
 /// Entries the hand passes for one insertion, at most.
 const STEPS: usize = 16;
 

@@ -15,7 +15,7 @@ use crate::buffer::Inner;
 
 /// Entries for which a bucket needs no memory beside its line.
 const INLINE: usize = 3;
-const MIN_BITS: u32 = 6;
+const MIN_BITS: u32 = if cfg!(shuttle) { 1 } else { 6 };
 /// Four MiB of buckets; a larger cache gets longer chains.
 const MAX_BITS: u32 = 16;
 

@@ -149,7 +149,8 @@ impl Sets {
 
 /// Blocks share a shard in groups, so that neighbours are found together.
 const GROUP_SHIFT: u32 = 8;
-const SHARDS: usize = 64;
+/// Few in a model, where each lock is a point to branch at.
+const SHARDS: usize = if cfg!(shuttle) { 2 } else { 64 };
 
 #[repr(align(128))]
 pub(crate) struct Shard {
