@@ -81,6 +81,17 @@ struct Owed {
     copy: u64,
 }
 
+impl Owed {
+    /// The write of somebody else that has, or has to be followed by one that has, the content of
+    /// now; `None` where there is none on its way. With the lock of the shard held.
+    fn by(inner: &Arc<Inner>) -> Option<Self> {
+        inner.phase().is_writing().then(|| Self {
+            inner: inner.clone(),
+            copy: inner.next_copy(),
+        })
+    }
+}
+
 /// Whether a buffer found its place in a run.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Placed {
@@ -259,16 +270,6 @@ impl Cache {
         }
     }
 
-    /// The write of somebody else that has, or has to be followed by one that has, the content of
-    /// now; `None` where there is none on its way.
-    fn owed(&self, inner: &Arc<Inner>) -> Option<Owed> {
-        let _sets = self.shards.of(inner.block).sets.lock_nested();
-        inner.phase().is_writing().then(|| Owed {
-            inner: inner.clone(),
-            copy: inner.next_copy(),
-        })
-    }
-
     /// Of what is sent only the bios have references then, so that a buffer that is forgotten and
     /// used anew need not wait for this thread.
     fn send(
@@ -282,12 +283,20 @@ impl Cache {
         let mut run: Option<Run> = None;
         let mut list = list.into_iter();
         while let Some(inner) = list.next() {
-            if inner.phase().is_writing() {
-                owed.extend(self.owed(&inner));
-                continue;
-            }
-            if inner.phase() != Phase::Dirty || inner.is_pinned() {
-                continue;
+            match inner.phase() {
+                Phase::Dirty if !inner.is_pinned() => {}
+                // Where that ended just now it may have failed: the claim decides.
+                phase if phase.is_writing() => {
+                    let others = {
+                        let _sets = self.shards.of(inner.block).sets.lock_nested();
+                        Owed::by(&inner)
+                    };
+                    if let Some(others) = others {
+                        owed.push(others);
+                        continue;
+                    }
+                }
+                _ => continue,
             }
             let mut data = match inner.data.try_write() {
                 Some(data) => data,
@@ -358,8 +367,7 @@ impl Cache {
         let prepared = Span::new(validator.prepared_range(content.len()), content.len());
         let mut sets = self.shards.of(inner.block).sets.lock_nested();
         if inner.phase() != Phase::Dirty {
-            drop(sets);
-            owed.extend(self.owed(inner));
+            owed.extend(Owed::by(inner));
             return Placed::Done;
         }
         let span = inner.dirty().join(prepared).round_out(self.write_align);
