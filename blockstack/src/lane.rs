@@ -6,6 +6,7 @@
 //!
 //! - [`thread_slot`]: a small number that one thread at a time has. Its counters are changed without
 //!   an atomic read-modify-write, since nobody else changes them.
+//! - [`Count`]: a counter that is so changed.
 //! - [`Lanes`]: a device under several references, each with a count of its own.
 //!
 //! # Locking
@@ -17,6 +18,8 @@ use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_utils::CachePadded;
 
 use crate::device::{BlockDevice, DynDevice};
 
@@ -93,6 +96,37 @@ fn take_slot() -> usize {
     };
     SLOT.set(slot);
     slot
+}
+
+/// A count on whose account no two threads meet.
+#[derive(Debug)]
+pub struct Count(Box<[CachePadded<AtomicU64>]>);
+
+impl Count {
+    /// Adds one.
+    #[inline]
+    pub fn add_one(&self) {
+        let slot = thread_slot();
+        let count = &self.0[slot];
+        if slot < SLOTS {
+            // Nobody else writes it: no need to lock the line.
+            count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        } else {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The count of all threads.
+    #[must_use]
+    pub fn sum(&self) -> u64 {
+        self.0.iter().map(|one| one.load(Ordering::Relaxed)).sum()
+    }
+}
+
+impl Default for Count {
+    fn default() -> Self {
+        Self((0..=SLOTS).map(|_| CachePadded::default()).collect())
+    }
 }
 
 #[repr(align(128))]

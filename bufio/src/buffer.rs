@@ -1,20 +1,23 @@
 //! A held buffer.
 
 use std::fmt;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
-use blockstack::Buf;
 use blockstack::sync::blocking;
-use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use blockstack::sync::prim::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use blockstack::sync::prim::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use blockstack::{BlkError, Buf};
 
 use crate::cache::Cache;
 use crate::error::BufError;
 use crate::reserve::Ticket;
+use crate::span::Span;
 use crate::state::Phase;
 use crate::validator::Validator;
 
+/// In this order what a hit looks at lies together, beside the count of references.
+#[repr(C)]
 pub(crate) struct Inner {
     pub(crate) block: u64,
     /// Tells this buffer from an earlier or later one of the same block.
@@ -23,12 +26,29 @@ pub(crate) struct Inner {
     /// Used since the clock hand last came by.
     pub(crate) referenced: AtomicBool,
     pub(crate) pins: AtomicU32,
-    /// Milliseconds of the cache's clock.
-    pub(crate) dirtied_at: AtomicU64,
     /// `None` while the content is being read or after it was moved away.
     pub(crate) data: RwLock<Option<Buf>>,
-    kind: Mutex<Kind>,
     pub(crate) cache: Arc<Cache>,
+    kind: Mutex<Kind>,
+    /// Milliseconds of the cache's clock.
+    pub(crate) dirtied_at: AtomicU64,
+    /// Spans, by invariant 6 of `state`: what a write has to bring to the disk, and what the one on
+    /// its way brings. These and the counts change under the lock of the shard.
+    dirty: AtomicU64,
+    sent: AtomicU64,
+    /// Copies made so far for writes, and the number of the last that reached the disk.
+    copies: AtomicU64,
+    written: AtomicU64,
+}
+
+/// What became of a copy that somebody waits for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Fate {
+    Written,
+    /// It, and what was copied later, did not reach the disk.
+    Failed,
+    /// Still on its way, or not made yet.
+    Open,
 }
 
 struct Kind {
@@ -44,6 +64,11 @@ impl Inner {
         data: Option<Buf>,
         validator: &Arc<dyn Validator>,
     ) -> Arc<Self> {
+        // Content that was not read may differ from the disk's anywhere.
+        let dirty = match data {
+            Some(_) => cache.whole(),
+            None => Span::EMPTY,
+        };
         Arc::new(Self {
             block,
             id: cache.next_id.fetch_add(1, Ordering::Relaxed),
@@ -51,6 +76,10 @@ impl Inner {
             referenced: AtomicBool::new(false),
             pins: AtomicU32::new(0),
             dirtied_at: AtomicU64::new(0),
+            dirty: AtomicU64::new(dirty.pack()),
+            sent: AtomicU64::new(Span::EMPTY.pack()),
+            copies: AtomicU64::new(0),
+            written: AtomicU64::new(0),
             data: RwLock::new(data),
             kind: Mutex::new(Kind {
                 validator: validator.clone(),
@@ -96,6 +125,21 @@ impl Inner {
         self.kind.lock().error = Some(error);
     }
 
+    /// Recursive, so that a writer in between cannot stop a second guard of the same thread.
+    #[cfg(not(shuttle))]
+    pub(crate) fn read_data(&self) -> RwLockReadGuard<'_, Option<Buf>> {
+        match self.data.try_read_recursive() {
+            Some(guard) => guard,
+            None => blocking(|| self.data.read_recursive()),
+        }
+    }
+
+    /// The model's lock does not know recursion.
+    #[cfg(shuttle)]
+    pub(crate) fn read_data(&self) -> RwLockReadGuard<'_, Option<Buf>> {
+        self.data.read()
+    }
+
     pub(crate) fn lock_data(&self) -> RwLockWriteGuard<'_, Option<Buf>> {
         match self.data.try_write() {
             Some(guard) => guard,
@@ -103,17 +147,68 @@ impl Inner {
         }
     }
 
-    pub(crate) fn mark_dirty(self: &Arc<Self>) {
-        if self.phase().is_dirty() {
+    /// What a write has to bring to the disk.
+    pub(crate) fn dirty(&self) -> Span {
+        Span::unpack(self.dirty.load(Ordering::Acquire))
+    }
+
+    /// With the lock of the shard held.
+    pub(crate) fn widen_dirty(&self, span: Span) {
+        let wider = self.dirty().join(span);
+        self.dirty.store(wider.pack(), Ordering::Release);
+    }
+
+    /// `span`, which covers what is dirty, is copied for a write. With the lock of the shard held.
+    pub(crate) fn begin_write(&self, span: Span) {
+        self.dirty.store(Span::EMPTY.pack(), Ordering::Release);
+        self.sent.store(span.pack(), Ordering::Relaxed);
+        self.copies.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The write ended. With the lock of the shard held.
+    pub(crate) fn end_write(&self, res: Result<(), BlkError>) {
+        let sent = Span::unpack(self.sent.swap(Span::EMPTY.pack(), Ordering::Relaxed));
+        match res {
+            Ok(()) => {
+                let copies = self.copies.load(Ordering::Relaxed);
+                self.written.store(copies, Ordering::Release);
+            }
+            Err(_) => self.widen_dirty(sent),
+        }
+    }
+
+    /// The number of the copy that has to reach the disk for the content of now to be there. With
+    /// the lock of the shard held.
+    pub(crate) fn next_copy(&self) -> u64 {
+        self.copies.load(Ordering::Relaxed) + u64::from(self.phase().is_dirty())
+    }
+
+    /// What became of copy number `goal`.
+    pub(crate) fn fate(&self, goal: u64) -> Fate {
+        let _sets = self.cache.shards.of(self.block).sets.lock_nested();
+        if self.written.load(Ordering::Acquire) >= goal {
+            Fate::Written
+        } else if self.phase().is_writing() || self.copies.load(Ordering::Relaxed) < goal {
+            Fate::Open
+        } else {
+            Fate::Failed
+        }
+    }
+
+    pub(crate) fn mark_dirty(self: &Arc<Self>, span: Span) {
+        // In this order: a span seen after a phase that is over belongs to a later write.
+        if self.phase().is_dirty() && self.dirty().covers(span) {
             return;
         }
         let mut sets = self.cache.shards.of(self.block).sets.lock_nested();
         match self.phase() {
             Phase::Clean => sets.enter(self, Phase::Dirty),
             Phase::Writing => sets.enter(self, Phase::Redirtied),
-            // Forgotten, or dirty by now.
+            Phase::Dirty | Phase::Redirtied => {}
+            // Forgotten.
             _ => return,
         }
+        self.widen_dirty(span);
         drop(sets);
         self.cache.dirty_pressure();
     }
@@ -137,6 +232,7 @@ impl Drop for Inner {
 /// another buffer.
 #[derive(Clone)]
 pub struct Buffer {
+    // Dropped before the ticket, which wakes those who wait for a buffer that nobody holds.
     pub(crate) inner: Arc<Inner>,
     /// Counts the hold where the client is strict about holds.
     pub(crate) ticket: Option<Arc<Ticket>>,
@@ -158,11 +254,7 @@ impl Buffer {
     /// The content, for reading. A thread may hold several of these on one buffer.
     #[must_use]
     pub fn data(&self) -> ReadGuard<'_> {
-        // Recursive, so that a writer in between cannot stop a second guard of the same thread.
-        ReadGuard(match self.inner.data.try_read_recursive() {
-            Some(guard) => guard,
-            None => blocking(|| self.inner.data.read_recursive()),
-        })
+        ReadGuard(self.inner.read_data())
     }
 
     /// The content, for changing.
@@ -175,7 +267,28 @@ impl Buffer {
     /// [`WriteGuard`] still held. Does nothing to a forgotten buffer.
     pub fn mark_dirty(&self) {
         self.inner.cache.probe_rank();
-        self.inner.mark_dirty();
+        self.inner.mark_dirty(self.inner.cache.whole());
+    }
+
+    /// As [`Self::mark_dirty`], where only the bytes of `range` were changed: a write brings these
+    /// to the disk, those of other ranges marked since the last, what lies between them, and what
+    /// the validator changes ([`Validator::prepared_range`]), all rounded outward to sectors of the
+    /// device. Content of [`Client::new_zeroed`](crate::Client::new_zeroed) is written whole once.
+    ///
+    /// # Panics
+    /// In debug builds, where `range` does not lie in the block.
+    pub fn mark_dirty_range(&self, range: Range<usize>) {
+        let cache = &self.inner.cache;
+        cache.probe_rank();
+        let len = cache.block_size();
+        debug_assert!(
+            range.start <= range.end && range.end <= len,
+            "{range:?} of a block of {len} bytes"
+        );
+        let span = Span::new(range, len);
+        if !span.is_empty() {
+            self.inner.mark_dirty(span);
+        }
     }
 
     /// Whether the content is newer than the disk's and than a copy on its way there.

@@ -1,21 +1,22 @@
 //! What the client, its buffers, its bios and its thread share.
 
-use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use blockstack::lane::Count;
+use blockstack::sync::prim::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use blockstack::sync::{Condvar, Mutex, Rank, assert_may_wait};
 use blockstack::{BioSet, BlkError, Buf, DynDevice, Op, PagePool, Sector};
-use dashmap::DashMap;
-use dashmap::mapref::entry::Entry;
 
 use crate::buffer::{Buffer, Inner};
 use crate::client::ClientConfig;
 use crate::error::BufError;
+
 use crate::lru::Rings;
+use crate::map::Map;
 use crate::read::ReadPad;
 use crate::reserve::{Holds, Reserve, Ticket};
+use crate::span::Span;
 use crate::state::{Phase, Shards};
 use crate::validator::Validator;
 use crate::writeback::{Control, Origin, WritePad};
@@ -24,34 +25,10 @@ use crate::writeback::{Control, Origin, WritePad};
 const BIOS: usize = 32;
 /// Longest bio in bytes.
 const MAX_IO: usize = 1 << 20;
-const MAP_SHARDS: usize = 64;
-
-/// Spreads block numbers, which nobody outside chooses freely enough to attack the map with.
-#[derive(Clone, Default)]
-pub(crate) struct BlockHash;
-
-pub(crate) struct BlockHasher(u64);
-
-impl BuildHasher for BlockHash {
-    type Hasher = BlockHasher;
-    fn build_hasher(&self) -> BlockHasher {
-        BlockHasher(0)
-    }
-}
-
-impl Hasher for BlockHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|&byte| self.write_u64(byte.into()));
-    }
-    fn write_u64(&mut self, value: u64) {
-        // The map uses the top bits and the low ones: fold the product's halves together.
-        let product = u128::from(self.0 ^ value) * 0x9e37_79b9_7f4a_7c15;
-        self.0 = (product >> 64) as u64 ^ product as u64;
-    }
-}
+/// Entries of the rings that a search for memory passes, at least.
+const SEARCH: usize = 256;
+/// How long a search for memory that nobody announces sleeps at a time.
+const NAP: Duration = Duration::from_millis(10);
 
 pub(crate) struct Cache {
     pub(crate) dev: DynDevice,
@@ -59,12 +36,17 @@ pub(crate) struct Cache {
     pub(crate) pool: PagePool,
     /// Blocks on the device.
     pub(crate) blocks: u64,
-    /// Buffers the cache aims to stay under.
-    pub(crate) limit: usize,
+    /// Buffers the cache aims to stay under, by its configuration.
+    limit: usize,
+    /// Buffers that it keeps in any case.
+    pub(crate) minimum: AtomicUsize,
+    /// What a write of a part of a block is rounded to.
+    pub(crate) write_align: u32,
     /// Blocks in the longest bio.
     pub(crate) max_blocks: usize,
     sector_shift: u32,
-    pub(crate) map: DashMap<u64, Arc<Inner>, BlockHash>,
+    pub(crate) map: Map,
+    pub(crate) hits: Count,
     pub(crate) shards: Shards,
     pub(crate) rings: Rings,
     pub(crate) reserve: Reserve,
@@ -104,13 +86,17 @@ impl Cache {
             return Err(BlkError::Unaligned.into());
         }
         let sector_shift = config.block_size.trailing_zeros() - blockstack::units::SECTOR_SHIFT;
+        let limit = (config.cache_bytes / size).max(8);
         let max_io = MAX_IO.min(dev.limits().max_sectors as usize * 512);
         Ok(Arc::new(Self {
             blocks: dev.capacity().raw() >> sector_shift,
-            limit: (config.cache_bytes / size).max(8),
+            limit,
+            minimum: AtomicUsize::new(0),
+            write_align: dev.limits().logical_block_size.max(512),
             max_blocks: (max_io / size).max(1),
             sector_shift,
-            map: DashMap::with_hasher_and_shard_amount(BlockHash, MAP_SHARDS),
+            map: Map::new(limit),
+            hits: Count::default(),
             shards: Shards::new(),
             rings: Rings::new(),
             reserve: Reserve::new(&pool, reserved.max(1), size)?,
@@ -146,9 +132,24 @@ impl Cache {
         self.config.block_size as usize
     }
 
+    /// All bytes of a block.
+    pub(crate) fn whole(&self) -> Span {
+        Span::whole(self.block_size())
+    }
+
+    /// Buffers the cache aims to stay under.
+    pub(crate) fn limit(&self) -> usize {
+        self.limit.max(self.minimum.load(Ordering::Relaxed))
+    }
+
     /// Where `block`, which lies on the device, begins.
     pub(crate) fn sector(&self, block: u64) -> Sector {
         Sector::new(block << self.sector_shift)
+    }
+
+    /// As [`Self::sector`], in bytes.
+    pub(crate) fn byte(&self, block: u64) -> u64 {
+        block * u64::from(self.config.block_size)
     }
 
     pub(crate) fn sectors_per_block(&self) -> u64 {
@@ -185,18 +186,9 @@ impl Cache {
         self.buffers.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn lookup(&self, block: u64) -> Option<Arc<Inner>> {
-        self.map.get(&block).map(|inner| Arc::clone(&inner))
-    }
-
     /// Enters `inner`; gives the one that is there already back as the error.
     pub(crate) fn insert(&self, inner: &Arc<Inner>) -> Result<(), Arc<Inner>> {
-        match self.map.entry(inner.block) {
-            Entry::Occupied(there) => return Err(there.get().clone()),
-            Entry::Vacant(free) => {
-                free.insert(inner.clone());
-            }
-        }
+        self.map.insert(inner)?;
         self.buffers.fetch_add(1, Ordering::Relaxed);
         self.enlist(inner);
         Ok(())
@@ -206,7 +198,7 @@ impl Cache {
     pub(crate) fn remove(&self, inner: &Arc<Inner>) {
         let removed = self
             .map
-            .remove_if(&inner.block, |_, there| Arc::ptr_eq(there, inner));
+            .remove_if(inner.block, |there| Arc::ptr_eq(there, inner));
         if removed.is_some() {
             self.buffers.fetch_sub(1, Ordering::Relaxed);
         }
@@ -254,19 +246,13 @@ impl Cache {
 
     /// Memory for one block; evicts, writes and waits for it where there is none.
     pub(crate) fn alloc(self: &Arc<Self>) -> Result<Buf, BufError> {
-        let size = self.block_size();
+        self.check_limit();
         let mut rounds = 0;
         loop {
-            let error = match self.pool.alloc(size) {
+            let error = match self.try_alloc() {
                 Ok(buf) => return Ok(buf),
                 Err(error) => error,
             };
-            if self.evict(1, 4 * self.limit.max(64)) > 0 {
-                continue;
-            }
-            if let Some(buf) = self.reserve.take() {
-                return Ok(buf);
-            }
             // All memory is dirty, held or pinned. A strict client's holders release what they
             // hold; others may not.
             rounds += 1;
@@ -275,19 +261,51 @@ impl Cache {
                 return Err(error.into());
             }
             assert_may_wait();
-            // As the thread does it: the caller may hold the content of one of them.
-            let dirty = self.collect(|_| true, false);
-            let written = self
-                .check_failed()
-                .and_then(|()| self.write_out(dirty, Origin::Background));
-            if self.evict(1, 4 * self.limit.max(64)) > 0 {
-                continue;
+            // What comes free from here on is not missed.
+            let watch = self.reserve.watch();
+            let written = self.write_some(self.collect(|_| true, false));
+            match self.try_alloc() {
+                Ok(buf) => return Ok(buf),
+                Err(error) if written.is_err() => return Err(error.into()),
+                // A model has no clock and nobody else in the pool: there a wake-up that is missed
+                // is a deadlock.
+                Err(_none) if cfg!(shuttle) && self.config.strict_holds => watch.wait_free(),
+                // Others who share the pool do not tell us when they give something back.
+                Err(_none) => watch.wait(NAP),
             }
-            if written.is_err() {
-                return Err(error.into());
-            }
-            self.reserve.wait(std::time::Duration::from_millis(10));
         }
+    }
+
+    /// Memory that is free, of a buffer that nobody needs, or of the reserve.
+    fn try_alloc(&self) -> Result<Buf, BlkError> {
+        loop {
+            let error = match self.pool.alloc(self.block_size()) {
+                Ok(buf) => return Ok(buf),
+                Err(error) => error,
+            };
+            // What is evicted may fill the reserve up instead.
+            if self.evict(1, SEARCH.max(4 * self.limit())) == 0 {
+                return self.reserve.take().ok_or(error);
+            }
+        }
+    }
+
+    /// Dirty buffers are fewer than the cache may hold: who comes for another one while they are
+    /// not writes first, whatever the thread does.
+    fn check_limit(&self) {
+        if self.writable() > self.limit() && !self.is_failing() {
+            let written = self.write_some(self.oldest(self.high_water()));
+            // For the next `write_dirty`, which has it.
+            if let Err(error) = written {
+                log::warn!("{}: writeback: {error}", self.dev.name());
+            }
+        }
+    }
+
+    /// Writes as the thread does it: the caller may hold the content of one of them.
+    fn write_some(&self, list: Vec<Arc<Inner>>) -> Result<(), BufError> {
+        self.check_failed()?;
+        self.write_out(list, Origin::Background)
     }
 
     /// Makes a buffer without content, to be read.

@@ -2,17 +2,16 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
+use blockstack::sync::prim::atomic::Ordering;
+use blockstack::sync::prim::thread::{self, JoinHandle};
 use blockstack::sync::{Mutex, Rank, blocking};
 use blockstack::{BlkError, DynDevice, Op, PagePool, SectorCount, flush_wait, range_wait};
 
 use crate::buffer::{Buffer, Inner};
 use crate::cache::Cache;
 use crate::error::BufError;
-use crate::state::Phase;
 use crate::validator::Validator;
 use crate::writeback::{Origin, Request};
 
@@ -80,7 +79,7 @@ impl Client {
     ) -> Result<Arc<Self>, BufError> {
         let cache = Cache::new(dev, config, pool, reserved)?;
         let weak = Arc::downgrade(&cache);
-        let thread = std::thread::Builder::new()
+        let thread = thread::Builder::new()
             .name("bufio-writeback".into())
             .spawn(move || Cache::writeback_loop(&weak))
             .map_err(|error| {
@@ -112,7 +111,8 @@ impl Client {
     }
 
     /// Gives the buffer of `block`, read and checked where it was not cached. Threads that miss the
-    /// same block share one read, and its error; what failed is not cached.
+    /// same block share one read. What failed is not cached, and who shared it reads once more for
+    /// itself: the fault may have been that of a block read along.
     ///
     /// # Errors
     /// The device's, or what the validator found.
@@ -134,6 +134,9 @@ impl Client {
     ///
     /// # Errors
     /// [`BlkError::NoMemory`], [`BlkError::OutOfRange`].
+    ///
+    /// # Panics
+    /// In debug builds, in a context that must not wait: it may have to wait for memory.
     pub fn new_zeroed(
         &self,
         block: u64,
@@ -157,6 +160,11 @@ impl Client {
         self.cache.forget(block);
     }
 
+    /// As [`Self::forget`], for `n` blocks from `block` on.
+    pub fn forget_range(&self, block: u64, n: u64) {
+        self.cache.forget_range(block, n);
+    }
+
     /// Waits until no write of these blocks is on its way. Called before somebody else, a data
     /// write say, uses blocks that were metadata.
     pub fn wait_writes(&self, block: u64, n: u64) {
@@ -164,7 +172,7 @@ impl Client {
     }
 
     /// Writes all dirty buffers that are not pinned and waits for them, those already on their way
-    /// among them.
+    /// among them. The device is not flushed.
     ///
     /// # Errors
     /// The first error of an earlier write in the background, once; else the first of this call.
@@ -174,8 +182,8 @@ impl Client {
         self.cache.take_async_error().and(written)
     }
 
-    /// Writes those of `buffers` that are dirty and not pinned, and waits for them. Neighbours
-    /// share a bio.
+    /// Writes those of `buffers` that are dirty and not pinned, and waits for them and for those
+    /// that are being written. Neighbours share a bio.
     ///
     /// # Errors
     /// The first error; the buffer stays dirty.
@@ -201,10 +209,12 @@ impl Client {
         Ok(flush_wait(&self.cache.dev)?)
     }
 
-    /// Discards blocks on the device and forgets their buffers.
+    /// Forgets the buffers of `n` blocks from `block` on, waits for writes on their way, and
+    /// discards the blocks on the device.
     ///
     /// # Errors
-    /// The device's.
+    /// [`BlkError::NotSupported`], and [`BlkError::OutOfRange`], with nothing forgotten; the
+    /// device's.
     pub fn discard(&self, block: u64, n: u64) -> Result<(), BufError> {
         if n == 0 {
             return Ok(());
@@ -213,18 +223,12 @@ impl Client {
         cache.check_failed()?;
         let end = block.checked_add(n).ok_or(BlkError::OutOfRange)?;
         cache.check_range(end - 1)?;
-        if n > cache.count() as u64 {
-            let cached: Vec<u64> = cache.map.iter().map(|entry| *entry.key()).collect();
-            let inside = cached.into_iter().filter(|at| (block..end).contains(at));
-            inside.for_each(|at| cache.forget(at));
-        } else {
-            (block..end).for_each(|at| cache.forget(at));
-        }
-        cache.wait_writes(block, n);
         let limit = cache.dev.limits().max_discard_sectors / cache.sectors_per_block();
         if limit == 0 {
             return Err(BlkError::NotSupported.into());
         }
+        cache.forget_range(block, n);
+        cache.wait_writes(block, n);
         let mut at = block;
         while at < end {
             let blocks = limit.min(end - at);
@@ -235,76 +239,17 @@ impl Client {
         Ok(())
     }
 
-    /// Releases `buffer` and gives its content to `to`, which is dirty then; a buffer of `to` that
-    /// is cached is forgotten. Where nobody else holds the buffer its memory moves, and the old
-    /// block, written first if it was dirty, is not cached any more. Where it is held, `to` is
-    /// written before this returns.
+    /// Releases `buffer` and gives its content to `to`; a buffer of `to` that is cached is
+    /// forgotten. The old block is written first if it is dirty. Where nobody else holds the buffer
+    /// its memory moves: `to` is dirty then, and the old block not cached any more. Where somebody
+    /// does, or it is pinned, the buffer stays what it is, and `to` is written before this returns
+    /// and is not cached. (A write that just ended may count as a holder for a moment.)
     ///
     /// # Errors
-    /// What a write reports; the content of `to` is then dirty in the cache, or not there.
+    /// What a write reports. The buffer is released in any case: where the old block could not be
+    /// written it stays dirty and `to` what it was; where `to` could not, its content is undefined.
     pub fn release_move(&self, buffer: Buffer, to: u64) -> Result<(), BufError> {
-        let cache = &self.cache;
-        cache.check_range(to)?;
-        let Buffer { inner, ticket } = buffer;
-        if inner.block == to {
-            return Ok(());
-        }
-        if inner.phase() != Phase::Clean {
-            cache.write_out(vec![inner.clone()], Origin::Caller)?;
-        }
-        cache.forget(to);
-        cache.wait_writes(to, 1);
-        let validator = inner.validator();
-        let moved = self.take_if_alone(inner);
-        let shared = match moved {
-            Ok(buf) => {
-                drop(ticket);
-                let fresh = Inner::new(cache, to, Phase::Clean, Some(buf), &validator);
-                return match cache.insert(&fresh) {
-                    Ok(()) => {
-                        fresh.mark_dirty();
-                        Ok(())
-                    }
-                    // Somebody read `to` meanwhile, against the contract: ours is the content.
-                    Err(there) => {
-                        self.copy_over(&fresh, &there);
-                        Ok(())
-                    }
-                };
-            }
-            Err(shared) => shared,
-        };
-        let target = cache.new_zeroed(to, &validator)?;
-        self.copy_over(&shared, &target.inner);
-        drop((shared, ticket));
-        self.write_buffers(&[target])
-    }
-
-    /// Takes the memory of a buffer that only the caller and the map refer to.
-    fn take_if_alone(&self, inner: Arc<Inner>) -> Result<blockstack::Buf, Arc<Inner>> {
-        let cache = &self.cache;
-        let removed = cache.map.remove_if(&inner.block, |_, there| {
-            // Two references, the map's and ours: under the map's lock nobody can come to hold it.
-            let alone = there.id == inner.id && Arc::strong_count(there) == 2;
-            std::sync::atomic::fence(Ordering::Acquire);
-            alone && there.phase() == Phase::Clean && !there.is_pinned()
-        });
-        if removed.is_none() {
-            return Err(inner);
-        }
-        cache.buffers.fetch_sub(1, Ordering::Relaxed);
-        cache.change(&inner, Phase::Clean, Phase::Gone);
-        let buf = inner.lock_data().take();
-        buf.ok_or(inner)
-    }
-
-    fn copy_over(&self, from: &Inner, to: &Arc<Inner>) {
-        // One lock at a time: nobody orders these two.
-        let content = from.data.read().as_ref().map(|data| data.to_vec());
-        if let (Some(content), Some(data)) = (content, to.lock_data().as_mut()) {
-            data.copy_from_slice(&content);
-        }
-        to.mark_dirty();
+        self.cache.release_move(buffer, to)
     }
 
     /// Writes what is dirty and drops all buffers that are neither held nor pinned. What cannot be
@@ -323,10 +268,19 @@ impl Client {
         self.cache.evict_to(0);
     }
 
-    /// Evicts clean buffers that nobody holds until the content is at most `bytes`, or none is
-    /// left.
+    /// Evicts clean buffers that nobody holds until the content is at most `bytes` or that of the
+    /// minimum, or none is left.
     pub fn shrink(&self, bytes: usize) {
-        self.cache.evict_to(bytes / self.cache.block_size());
+        let minimum = self.cache.minimum.load(Ordering::Relaxed);
+        let wanted = bytes / self.cache.block_size();
+        self.cache.evict_to(wanted.max(minimum));
+    }
+
+    /// Keeps the cache from becoming smaller than `n` buffers: neither [`Self::shrink`] nor the
+    /// limit of [`ClientConfig::cache_bytes`] evicts below that. [`Self::drop_buffers`] does, and
+    /// so does whoever finds no memory.
+    pub fn set_minimum_buffers(&self, n: usize) {
+        self.cache.minimum.store(n, Ordering::Relaxed);
     }
 
     /// Counters now.
@@ -335,7 +289,7 @@ impl Client {
         let cache = &self.cache;
         let sum = |counter: fn(&crate::state::Shard) -> u64| cache.shards.iter().map(counter).sum();
         ClientStats {
-            hits: sum(|shard| shard.hits.load(Ordering::Relaxed)),
+            hits: cache.hits.sum(),
             misses: sum(|shard| shard.misses.load(Ordering::Relaxed)),
             buffers: cache.count(),
             dirty: cache.dirty.load(Ordering::Relaxed),

@@ -5,15 +5,15 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
+use blockstack::sync::prim::atomic::{AtomicUsize, Ordering};
 use blockstack::sync::{Mutex, Rank};
 
 use crate::buffer::Inner;
 use crate::cache::Cache;
 use crate::state::Phase;
 
-const RINGS: usize = 16;
+const RINGS: usize = if cfg!(shuttle) { 2 } else { 16 };
 /// Entries the hand passes for one insertion, at most.
 const STEPS: usize = 16;
 
@@ -51,14 +51,14 @@ impl Cache {
         if let Some(entries) = stale {
             let live: Vec<_> = entries
                 .into_iter()
-                .filter(|&(block, id)| self.map.get(&block).is_some_and(|inner| inner.id == id))
+                .filter(|&(block, id)| self.map.get(block).is_some_and(|inner| inner.id == id))
                 .collect();
             let mut ring = self.rings.rings[inner.block as usize % RINGS].lock_nested();
             live.into_iter()
                 .rev()
                 .for_each(|entry| ring.push_front(entry));
         }
-        let over = self.count().saturating_sub(self.limit);
+        let over = self.count().saturating_sub(self.limit());
         if over > 0 {
             self.evict(over.min(2), STEPS);
         }
@@ -93,7 +93,7 @@ impl Cache {
 
     fn judge(&self, block: u64, id: u64) -> Verdict {
         let mut verdict = Verdict::Stale;
-        let evicted = self.map.remove_if_mut(&block, |_, inner| {
+        let evicted = self.map.remove_if(block, |inner| {
             if inner.id != id {
                 return false;
             }
@@ -106,7 +106,7 @@ impl Cache {
             Arc::get_mut(inner)
                 .is_some_and(|inner| matches!(inner.phase(), Phase::Clean | Phase::Fetched))
         });
-        if let Some((_, inner)) = evicted {
+        if let Some(inner) = evicted {
             self.buffers.fetch_sub(1, Ordering::Relaxed);
             drop(inner);
             return Verdict::Evicted;

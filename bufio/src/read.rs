@@ -1,8 +1,9 @@
 //! How a buffer comes to be: hit, read, prefetch, new; and how it is forgotten.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
+use blockstack::sync::assert_may_wait;
+use blockstack::sync::prim::atomic::{self, Ordering};
 use blockstack::{Bio, BioFlags, BlkError, BlkResult, Buf, Plug, Wait, submit_bio};
 use smallvec::SmallVec;
 
@@ -22,11 +23,11 @@ const SHARED_ERRORS: u32 = 4;
 impl Cache {
     pub(crate) fn get(self: &Arc<Self>, block: u64) -> Option<Buffer> {
         self.probe_rank();
-        let inner = self.lookup(block)?;
+        let inner = self.map.get(block)?;
         if !inner.phase().is_ready() {
             return None;
         }
-        self.shards.of(block).hits.fetch_add(1, Ordering::Relaxed);
+        self.hits.add_one();
         Some(self.hold(inner))
     }
 
@@ -36,9 +37,9 @@ impl Cache {
         validator: &Arc<dyn Validator>,
     ) -> Result<Buffer, BufError> {
         self.probe_rank();
-        if let Some(inner) = self.lookup(block) {
+        if let Some(inner) = self.map.get(block) {
             if inner.phase().is_ready() {
-                self.shards.of(block).hits.fetch_add(1, Ordering::Relaxed);
+                self.hits.add_one();
                 return Ok(self.hold(inner));
             }
         }
@@ -54,7 +55,7 @@ impl Cache {
         self.shards.of(block).misses.fetch_add(1, Ordering::Relaxed);
         let mut shared_errors = 0;
         loop {
-            let (inner, own) = match self.lookup(block) {
+            let (inner, own) = match self.map.get(block) {
                 // Failed before we came: its error is for those who waited for it.
                 Some(inner) if inner.phase() == Phase::Failed => {
                     self.remove(&inner);
@@ -140,7 +141,7 @@ impl Cache {
         block: u64,
         validator: &Arc<dyn Validator>,
     ) -> Result<Option<Arc<Inner>>, BufError> {
-        blockstack::sync::assert_may_wait();
+        assert_may_wait();
         let buf = self.alloc()?;
         let Some(bio) = self.read_bio(Wait::Yes) else {
             return Err(BlkError::NoMemory.into());
@@ -164,7 +165,7 @@ impl Cache {
         let _plug = Plug::new();
         let mut at = block;
         while at < end {
-            if self.map.contains_key(&at) {
+            if self.map.get(at).is_some() {
                 at += 1;
                 continue;
             }
@@ -177,7 +178,7 @@ impl Cache {
             };
             while at < end && reading.items.len() < self.max_blocks {
                 // A prefetch must not push out what was read for a reason.
-                if self.count() >= self.limit && self.evict(1, 8) == 0 {
+                if self.count() >= self.limit() && self.evict(1, 8) == 0 {
                     at = end;
                     break;
                 }
@@ -203,8 +204,9 @@ impl Cache {
     ) -> Result<Buffer, BufError> {
         self.probe_rank();
         self.check_range(block)?;
+        assert_may_wait();
         loop {
-            let Some(inner) = self.lookup(block) else {
+            let Some(inner) = self.map.get(block) else {
                 let mut buf = self.alloc()?;
                 buf.fill(0);
                 let inner = Inner::new(self, block, Phase::Clean, Some(buf), validator);
@@ -218,7 +220,15 @@ impl Cache {
             match inner.phase() {
                 // A write of the old content may go on: it has its own copy, and the next write
                 // waits for its end.
-                Phase::Doomed => sets.enter(&inner, Phase::Writing),
+                Phase::Doomed if data.is_some() && is_abandoned(&inner) => {
+                    sets.enter(&inner, Phase::Writing);
+                }
+                Phase::Doomed => {
+                    drop(sets);
+                    drop(data);
+                    self.wait_while(&inner, |phase| phase == Phase::Doomed);
+                    continue;
+                }
                 phase if phase.is_ready() => {}
                 _ => {
                     // A read of the old content goes on alone.
@@ -230,6 +240,7 @@ impl Cache {
                     continue;
                 }
             }
+            inner.widen_dirty(self.whole());
             drop(sets);
             if let Some(data) = data.as_mut() {
                 data.fill(0);
@@ -242,7 +253,7 @@ impl Cache {
     }
 
     pub(crate) fn forget(&self, block: u64) {
-        let Some(inner) = self.lookup(block) else {
+        let Some(inner) = self.map.get(block) else {
             return;
         };
         let shard = self.shards.of(block);
@@ -259,6 +270,27 @@ impl Cache {
             self.remove(&inner);
         }
     }
+
+    /// Forgets `n` blocks from `block` on.
+    pub(crate) fn forget_range(&self, block: u64, n: u64) {
+        let range = block..block.saturating_add(n);
+        if n > self.count() as u64 {
+            let cached = self.map.blocks().into_iter();
+            cached
+                .filter(|at| range.contains(at))
+                .for_each(|at| self.forget(at));
+        } else {
+            range.for_each(|at| self.forget(at));
+        }
+    }
+}
+
+/// Whether nobody holds `inner`, which is being written and forgotten, so that nobody can come to
+/// hold it: the map refers to it, the set of its shard, its bio and the caller.
+fn is_abandoned(inner: &Arc<Inner>) -> bool {
+    let alone = Arc::strong_count(inner) == 4;
+    atomic::fence(Ordering::Acquire);
+    alone
 }
 
 /// A read that is being put together.

@@ -7,10 +7,10 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::ThreadId;
 use std::time::Duration;
 
+use blockstack::sync::prim::atomic::{self, AtomicUsize, Ordering};
+use blockstack::sync::prim::thread::{self, ThreadId};
 use blockstack::sync::{Condvar, Mutex, Rank};
 use blockstack::{BlkError, Buf, PagePool};
 
@@ -20,9 +20,21 @@ use crate::cache::Cache;
 pub(crate) struct Reserve {
     wanted: usize,
     missing: AtomicUsize,
-    bufs: Mutex<Vec<Buf>>,
+    kept: Mutex<Kept>,
     back: Condvar,
     waiting: AtomicUsize,
+}
+
+struct Kept {
+    bufs: Vec<Buf>,
+    /// Counts what came free while somebody watched.
+    freed: u64,
+}
+
+/// Sees what comes free from its making on.
+pub(crate) struct Watch<'a> {
+    reserve: &'a Reserve,
+    seen: u64,
 }
 
 impl Reserve {
@@ -33,15 +45,14 @@ impl Reserve {
         Ok(Self {
             wanted,
             missing: AtomicUsize::new(0),
-            bufs: Mutex::new(Rank::Pool, bufs),
+            kept: Mutex::new(Rank::Pool, Kept { bufs, freed: 0 }),
             back: Condvar::new(),
             waiting: AtomicUsize::new(0),
         })
     }
 
     pub(crate) fn take(&self) -> Option<Buf> {
-        let mut bufs = self.bufs.lock_nested();
-        let buf = bufs.pop()?;
+        let buf = self.kept.lock_nested().bufs.pop()?;
         self.missing.fetch_add(1, Ordering::Release);
         Some(buf)
     }
@@ -52,7 +63,11 @@ impl Reserve {
             if let Some(buf) = self.take() {
                 return buf;
             }
-            self.wait(Duration::from_millis(100));
+            let watch = self.watch();
+            if let Some(buf) = self.take() {
+                return buf;
+            }
+            watch.wait_free();
         }
     }
 
@@ -60,9 +75,9 @@ impl Reserve {
     /// either.
     pub(crate) fn give(&self, buf: Buf) {
         if self.missing.load(Ordering::Acquire) > 0 {
-            let mut bufs = self.bufs.lock_nested();
-            if bufs.len() < self.wanted {
-                bufs.push(buf);
+            let mut kept = self.kept.lock_nested();
+            if kept.bufs.len() < self.wanted {
+                kept.bufs.push(buf);
                 self.missing.fetch_sub(1, Ordering::Release);
             }
         } else {
@@ -73,21 +88,48 @@ impl Reserve {
 
     /// Memory, or a buffer that could be evicted, came free.
     pub(crate) fn wake(&self) {
-        if self.waiting.load(Ordering::SeqCst) > 0 {
-            drop(self.bufs.lock_nested());
+        // Pairs with the fence of `watch`: either the watcher is seen here, or what came free is
+        // seen by the look that the watcher takes next.
+        atomic::fence(Ordering::SeqCst);
+        if self.waiting.load(Ordering::Relaxed) > 0 {
+            self.kept.lock_nested().freed += 1;
             self.back.notify_all();
         }
     }
 
-    /// Sleeps until something came free. A wake-up between the caller's last look and this call can
-    /// be missed, which the timeout makes good.
-    pub(crate) fn wait(&self, timeout: Duration) {
-        let mut bufs = self.bufs.lock_nested();
-        if bufs.is_empty() {
-            self.waiting.fetch_add(1, Ordering::SeqCst);
-            self.back.wait_for(&mut bufs, timeout);
-            self.waiting.fetch_sub(1, Ordering::SeqCst);
+    /// Begins to watch; the caller then looks once more before it waits.
+    pub(crate) fn watch(&self) -> Watch<'_> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        atomic::fence(Ordering::SeqCst);
+        let seen = self.kept.lock_nested().freed;
+        Watch {
+            reserve: self,
+            seen,
         }
+    }
+}
+
+impl Watch<'_> {
+    /// Sleeps until something came free.
+    pub(crate) fn wait_free(self) {
+        let mut kept = self.reserve.kept.lock_nested();
+        while kept.freed == self.seen {
+            self.reserve.back.wait(&mut kept);
+        }
+    }
+
+    /// As [`Self::wait_free`], at most for `timeout`.
+    pub(crate) fn wait(self, timeout: Duration) {
+        let mut kept = self.reserve.kept.lock_nested();
+        if kept.freed == self.seen {
+            self.reserve.back.wait_for(&mut kept, timeout);
+        }
+    }
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        self.reserve.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -106,7 +148,7 @@ impl Holds {
     }
 
     fn enter(&self, block: u64) {
-        let thread = std::thread::current().id();
+        let thread = thread::current().id();
         let mut by_thread = self.by_thread.lock_nested();
         let distinct = |blocks: &[u64]| {
             let mut blocks = blocks.to_vec();
@@ -155,7 +197,7 @@ impl Ticket {
     pub(crate) fn new(cache: &Arc<Cache>, block: u64) -> Arc<Self> {
         let ticket = Arc::new(Self {
             cache: cache.clone(),
-            thread: std::thread::current().id(),
+            thread: thread::current().id(),
             block,
         });
         if cfg!(debug_assertions) {

@@ -12,7 +12,8 @@
 //!          Clean             Redirtied ---- written or failed -+   (a failed Writing too)
 //!
 //!  forget: Writing, Redirtied --> Doomed --> Gone;  any other phase --> Gone
-//!  new_zeroed: Doomed --> Writing (the old content is still on its way down)
+//!  new_zeroed: Doomed --> Writing (the old content is still on its way down), if nobody holds it
+//!  release_move of a shared buffer: Reading --> Doomed, without content, while its copy is written
 //! ```
 //!
 //! # Invariants
@@ -23,11 +24,15 @@
 //! 3. `Dirty` becomes `Writing` only under the lock of the content, which is copied before that is
 //!    released: whoever changes content and then marks it is either in the copy or marks it again.
 //! 4. A buffer whose content was never had (`Reading` to `Checking`, `Failed`) is not handed out.
+//! 5. A buffer that is being written is in the map: a thread that finds no buffer of a block there
+//!    knows that no write of the block is on its way.
+//! 6. The bytes in which the content differs from the disk's lie in `Inner::dirty`, or in
+//!    `Inner::sent` while they are on their way.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
+use blockstack::sync::prim::atomic::{AtomicU64, Ordering};
 use blockstack::sync::{Condvar, Mutex, Rank};
 
 use crate::buffer::Inner;
@@ -144,7 +149,8 @@ impl Sets {
 
 /// Blocks share a shard in groups, so that neighbours are found together.
 const GROUP_SHIFT: u32 = 8;
-const SHARDS: usize = 64;
+/// Few in a model, where each lock is a point to branch at.
+const SHARDS: usize = if cfg!(shuttle) { 2 } else { 64 };
 
 #[repr(align(128))]
 pub(crate) struct Shard {
@@ -152,7 +158,6 @@ pub(crate) struct Shard {
     pub(crate) sets: Mutex<Sets>,
     /// A buffer of this shard left a phase that somebody may wait for.
     pub(crate) changed: Condvar,
-    pub(crate) hits: AtomicU64,
     pub(crate) misses: AtomicU64,
 }
 
@@ -165,7 +170,6 @@ impl Shards {
                 .map(|_| Shard {
                     sets: Mutex::new(Rank::Pool, Sets::default()),
                     changed: Condvar::new(),
-                    hits: AtomicU64::new(0),
                     misses: AtomicU64::new(0),
                 })
                 .collect(),

@@ -1,5 +1,6 @@
 //! Checks of a block after it was read, checksums before it is written.
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 /// Structure and check that failed, such as `"extent block: checksum"`.
@@ -18,6 +19,12 @@ pub trait Validator: Send + Sync {
     fn check(&self, block: u64, data: &[u8]) -> Result<(), Invalid>;
     /// Sets the checksum, just before the content goes to the disk or into a log.
     fn prepare(&self, block: u64, data: &mut [u8]);
+    /// The bytes that [`Self::prepare`] may change in a block of `len` bytes. A write of a part of
+    /// the block takes them along, or the checksum on the disk would not be that of the content; so
+    /// a kind of block that does not say is always written whole.
+    fn prepared_range(&self, len: usize) -> Range<usize> {
+        0..len
+    }
 }
 
 struct NoCheck;
@@ -27,6 +34,9 @@ impl Validator for NoCheck {
         Ok(())
     }
     fn prepare(&self, _: u64, _: &mut [u8]) {}
+    fn prepared_range(&self, _: usize) -> Range<usize> {
+        0..0
+    }
 }
 
 /// The validator of blocks without a checksum of their own.

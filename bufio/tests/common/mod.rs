@@ -1,12 +1,14 @@
 //! A disk in memory that fails, holds bios back and watches for overlapping writes.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use blockstack::device::{Limits, Stats};
-use blockstack::sync::Rank;
+use blockstack::sync::{Rank, WaitHook, set_wait_hook};
 use blockstack::{Bio, BlkError, BlkResult, BlockDevice, Op, SectorCount};
 use bufio::{Client, ClientConfig, Invalid, Validator};
 use parking_lot::{Condvar, Mutex};
@@ -21,6 +23,8 @@ pub struct State {
     /// Sectors whose reads or writes fail.
     pub bad_reads: HashSet<u64>,
     pub bad_writes: HashSet<u64>,
+    /// What a bad write of a sector ends with, where it is not an I/O error.
+    pub errors: HashMap<u64, BlkError>,
     /// Ranges of writes that were accepted and did not end.
     writing: BTreeMap<u64, u64>,
     /// First sector and length of each write that ended well, in order.
@@ -33,6 +37,7 @@ pub struct State {
 
 pub struct TestDisk {
     capacity: SectorCount,
+    limits: Limits,
     state: Mutex<State>,
     changed: Condvar,
     stats: Stats,
@@ -40,7 +45,12 @@ pub struct TestDisk {
 
 impl TestDisk {
     pub fn new(sectors: u64) -> Arc<Self> {
+        Self::with_limits(sectors, Limits::UNLIMITED)
+    }
+
+    pub fn with_limits(sectors: u64, limits: Limits) -> Arc<Self> {
         Arc::new(Self {
+            limits,
             capacity: SectorCount::new(sectors),
             state: Mutex::new(State {
                 bytes: vec![0; sectors as usize * 512],
@@ -119,7 +129,7 @@ fn run(state: &mut State, bio: &mut Bio) -> BlkResult {
         Op::Write => {
             state.writing.remove(&sector);
             if is_bad(&state.bad_writes) {
-                return Err(BlkError::Io);
+                return Err(state.errors.get(&sector).copied().unwrap_or(BlkError::Io));
             }
             state.writes.push((sector, len));
             let bytes = &mut state.bytes;
@@ -142,7 +152,7 @@ impl BlockDevice for TestDisk {
         self.capacity
     }
     fn limits(&self) -> Limits {
-        Limits::UNLIMITED
+        self.limits
     }
     fn stats(&self) -> &Stats {
         &self.stats
@@ -211,6 +221,39 @@ pub fn sum(data: &[u8]) -> u8 {
     data[1..]
         .iter()
         .fold(0, |sum, &byte| sum.wrapping_add(byte))
+}
+
+/// Counts the waits of the threads that ask for it: a thread that was seen to wait sleeps, or is
+/// about to with the lock held under which it would be woken.
+#[derive(Clone, Default)]
+pub struct Waits(Arc<AtomicUsize>);
+
+struct CountWaits(Waits);
+
+impl WaitHook for CountWaits {
+    fn begin(&self) {
+        self.0.0.fetch_add(1, Ordering::SeqCst);
+    }
+    fn end(&self) {}
+}
+
+impl Waits {
+    /// From now on the waits of the calling thread count.
+    pub fn count_mine(&self) {
+        set_wait_hook(Some(Rc::new(CountWaits(self.clone()))));
+    }
+
+    /// Until so many waits began.
+    pub fn until(&self, n: usize) {
+        eventually("a thread waits", || self.0.load(Ordering::SeqCst) >= n);
+    }
+}
+
+/// Runs `f` on a thread of its own and fails the test where it does not come to an end.
+pub fn within_reason<R: Send + 'static>(what: &str, f: impl FnOnce() -> R + Send + 'static) -> R {
+    let thread = std::thread::spawn(f);
+    eventually(what, || thread.is_finished());
+    thread.join().unwrap()
 }
 
 /// Polls; for what another thread does in its own time.

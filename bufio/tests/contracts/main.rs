@@ -2,11 +2,17 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something is wrong")]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod errors;
+mod memory;
+mod moves;
+mod ranges;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockstack::device::Limits;
 use blockstack::{BlkError, PagePool};
 use bufio::{BufError, Client, ClientConfig, Validator, no_check};
 use common::{Sum, TestDisk, config, eventually, rig, sum};
@@ -513,6 +519,35 @@ fn discard_forgets_and_waits_for_writes() {
     );
 }
 
+/// What was lost: the content of blocks that the device would not discard.
+#[test]
+fn a_discard_that_is_refused_forgets_nothing() {
+    let limits = Limits {
+        max_discard_sectors: 0,
+        ..Limits::UNLIMITED
+    };
+    let disk = TestDisk::with_limits(64, limits);
+    let client = Client::new(disk.clone(), config()).unwrap();
+    fill(&client, 4, 1);
+    assert_eq!(
+        client.discard(4, 1),
+        Err(BufError::Blk(BlkError::NotSupported))
+    );
+    client.write_dirty().unwrap();
+    assert_eq!(on_disk(&disk, 4), 1);
+}
+
+#[test]
+fn forget_range_drops_what_lies_in_it() {
+    let (disk, client) = rig(1024);
+    [3, 4, 9, 10].iter().for_each(|&at| fill(&client, at, 1));
+    client.forget_range(4, 6);
+    client.forget_range(100, u64::MAX);
+    client.write_dirty().unwrap();
+    let written = disk.set(|state| state.writes.clone());
+    assert_eq!(written, [(6, 2), (20, 2)]);
+}
+
 #[test]
 fn blocks_beyond_the_end_are_refused() {
     let (_disk, client) = rig(9);
@@ -523,33 +558,6 @@ fn blocks_beyond_the_end_are_refused() {
     assert_eq!(client.new_zeroed(4, no_check()).map(|_| ()), beyond);
     client.prefetch(u64::MAX - 1, 100);
     client.forget(u64::MAX);
-}
-
-#[test]
-fn release_move_of_a_sole_hold_moves_the_memory() {
-    let (disk, client) = rig(64);
-    fill(&client, 4, 1);
-    let buffer = client.get(4).unwrap();
-    client.release_move(buffer, 9).unwrap();
-    assert_eq!(on_disk(&disk, 4), 1, "written to the old place first");
-    assert!(client.get(4).is_none());
-    let moved = client.get(9).unwrap();
-    assert!(moved.is_dirty());
-    assert_eq!(moved.data()[1], 1);
-    client.write_dirty().unwrap();
-    assert_eq!(on_disk(&disk, 9), 1);
-}
-
-#[test]
-fn release_move_of_a_shared_hold_copies() {
-    let (disk, client) = rig(64);
-    fill(&client, 4, 1);
-    let other = client.get(4).unwrap();
-    client.release_move(client.get(4).unwrap(), 9).unwrap();
-    assert_eq!((on_disk(&disk, 4), on_disk(&disk, 9)), (1, 1));
-    assert_eq!(other.data()[1], 1);
-    assert_eq!(client.get(4).unwrap().data()[1], 1);
-    assert_eq!(client.get(9).unwrap().data()[1], 1);
 }
 
 #[test]
@@ -580,7 +588,7 @@ fn a_buffer_outlives_its_client() {
 #[cfg(debug_assertions)]
 #[should_panic(expected = "waits inside a submission")]
 fn a_read_inside_a_submission_panics() {
-    use blockstack::device::{Limits, Stats};
+    use blockstack::device::Stats;
     use blockstack::{Bio, BlockDevice, SectorCount, flush_wait};
     struct Reads(Arc<Client>, Stats);
     impl BlockDevice for Reads {
@@ -604,72 +612,4 @@ fn a_read_inside_a_submission_panics() {
     let (_disk, client) = rig(64);
     let dev: blockstack::DynDevice = Arc::new(Reads(client, Stats::default()));
     flush_wait(&dev).unwrap();
-}
-
-fn strict(pool: &PagePool, reserved: usize) -> Arc<Client> {
-    let config = ClientConfig {
-        strict_holds: true,
-        rank: blockstack::sync::Rank::DmBufio,
-        ..config()
-    };
-    Client::with_reserve(TestDisk::new(65536), config, pool.clone(), reserved).unwrap()
-}
-
-#[test]
-#[cfg(debug_assertions)]
-#[should_panic(expected = "thread holds 2 buffers")]
-fn a_second_hold_of_a_strict_client_panics() {
-    let client = strict(&PagePool::new(2 << 20), 1);
-    let _one = client.read(1, no_check()).unwrap();
-    let _same = client.read(1, no_check()).unwrap();
-    let _two = client.read(2, no_check());
-}
-
-#[test]
-#[cfg(debug_assertions)]
-fn one_thread_may_hold_as_many_as_are_reserved() {
-    let client = strict(&PagePool::new(2 << 20), 3);
-    let _held: Vec<_> = (0..3)
-        .map(|block| client.read(block, no_check()).unwrap())
-        .collect();
-    let other = std::thread::scope(|scope| {
-        let client = &client;
-        scope
-            .spawn(move || {
-                let _one = client.read(7, no_check()).unwrap();
-                let _two = client.read(8, no_check()).unwrap();
-            })
-            .join()
-    });
-    assert!(other.is_err());
-}
-
-/// Three threads, one page beside the reserves: all get through, since each holds one buffer only.
-#[test]
-fn a_strict_client_makes_progress_without_memory() {
-    let pool = PagePool::new(2 << 20);
-    let client = strict(&pool, 1);
-    let mut hog: Vec<_> = std::iter::from_fn(|| pool.alloc(4096).ok()).collect();
-    hog.truncate(hog.len() - 1);
-    std::thread::scope(|scope| {
-        for thread in 0..3u64 {
-            let client = &client;
-            scope.spawn(move || {
-                for round in 0..200 {
-                    let block = thread * 1000 + round;
-                    let buffer = client.new_zeroed(block, no_check()).unwrap();
-                    buffer.data_mut().fill(thread as u8 + 1);
-                    buffer.mark_dirty();
-                }
-            });
-        }
-    });
-    client.write_dirty().unwrap();
-    for thread in 0..3u64 {
-        let block = thread * 1000 + 199;
-        assert_eq!(
-            client.read(block, no_check()).unwrap().data()[9],
-            thread as u8 + 1
-        );
-    }
 }
