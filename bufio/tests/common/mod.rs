@@ -103,11 +103,24 @@ impl TestDisk {
         self.release();
     }
 
+    /// Opens it when the value is dropped: a test that fails in between still comes to an end.
+    pub fn opens(&self) -> Opens<'_> {
+        Opens(self)
+    }
+
     fn finish(&self, mut bio: Bio) {
         let mut state = self.state.lock();
         let res = run(&mut state, &mut bio);
         drop(state);
         bio.complete(res);
+    }
+}
+
+pub struct Opens<'a>(&'a TestDisk);
+
+impl Drop for Opens<'_> {
+    fn drop(&mut self) {
+        self.0.open();
     }
 }
 

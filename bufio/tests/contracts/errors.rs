@@ -26,6 +26,7 @@ fn who_waits_for_a_background_write_that_fails_is_not_told_success() {
     let buffer = failing(&disk, &client);
     let waits = Waits::default();
     std::thread::scope(|scope| {
+        let _opens = disk.opens();
         let waiter = scope.spawn(|| {
             waits.count_mine();
             client.write_buffers(std::slice::from_ref(&buffer))
@@ -47,6 +48,7 @@ fn each_of_several_waiters_hears_of_the_error() {
         let buffer = failing(&disk, &client);
         let waits = Waits::default();
         std::thread::scope(|scope| {
+            let _opens = disk.opens();
             let waiters: Vec<_> = (0..3)
                 .map(|_| {
                     scope.spawn(|| {
@@ -75,6 +77,7 @@ fn a_waiter_hears_of_the_failed_write_of_a_buffer_that_is_pinned_by_now() {
     let buffer = failing(&disk, &client);
     let waits = Waits::default();
     std::thread::scope(|scope| {
+        let _opens = disk.opens();
         let waiter = scope.spawn(|| {
             waits.count_mine();
             client.write_buffers(std::slice::from_ref(&buffer))
@@ -93,6 +96,7 @@ fn a_waiter_whose_own_write_goes_well_need_not_hear_of_another_s_error() {
     let buffer = failing(&disk, &client);
     let waits = Waits::default();
     std::thread::scope(|scope| {
+        let _opens = disk.opens();
         let waiter = scope.spawn(|| {
             waits.count_mine();
             client.write_buffers(std::slice::from_ref(&buffer))
@@ -120,6 +124,7 @@ fn a_waiter_does_not_wait_for_changes_made_after_it_came() {
     let buffer = client.get(4).unwrap();
     let waits = Waits::default();
     std::thread::scope(|scope| {
+        let _opens = disk.opens();
         let waiter = scope.spawn(|| {
             waits.count_mine();
             client.write_buffers(std::slice::from_ref(&buffer))
@@ -176,6 +181,7 @@ fn a_forgotten_background_error_is_reported_all_the_same() {
     client.forget(4);
     let waits = Waits::default();
     std::thread::scope(|scope| {
+        let _opens = disk.opens();
         let waiter = scope.spawn(|| {
             waits.count_mine();
             client.wait_writes(4, 1);
@@ -200,6 +206,7 @@ fn a_forgotten_buffer_does_not_come_back_under_its_holder() {
     client.forget(4);
     let waits = Waits::default();
     std::thread::scope(|scope| {
+        let _opens = disk.opens();
         let maker = scope.spawn(|| {
             waits.count_mine();
             client.new_zeroed(4, no_check()).map(|held| held.data()[1])

@@ -87,7 +87,11 @@ fn the_reserve_lets_one_reader_through_and_the_others_follow() {
     let pool = PagePool::new(2 << 20);
     let client = strict(&pool, 1);
     let _hog = exhaust(&pool);
-    let first = client.read(1, no_check()).unwrap();
+    let reader = client.clone();
+    let first = within_reason("a read from the reserve", move || {
+        reader.read(1, no_check())
+    })
+    .unwrap();
     let waits = Waits::default();
     std::thread::scope(|scope| {
         let second = scope.spawn(|| {
@@ -161,6 +165,7 @@ fn the_limit_holds_back_who_makes_dirty_faster_than_the_disk_writes() {
     disk.set(|state| state.hold_writes = true);
     let (waits, most) = (Waits::default(), AtomicUsize::new(0));
     std::thread::scope(|scope| {
+        let _opens = disk.opens();
         let maker = scope.spawn(|| {
             waits.count_mine();
             for block in 0..400 {

@@ -94,6 +94,7 @@ fn release_move_waits_for_a_write_of_the_source() {
     disk.wait_held(1);
     let waits = Waits::default();
     std::thread::scope(|scope| {
+        let _opens = disk.opens();
         let mover = scope.spawn(|| {
             waits.count_mine();
             client.release_move(client.get(4).unwrap(), 9)
@@ -119,6 +120,7 @@ fn release_move_waits_for_a_write_of_the_target_and_detaches_its_holder() {
     source.data_mut().fill(1);
     let waits = Waits::default();
     std::thread::scope(|scope| {
+        let _opens = disk.opens();
         let mover = scope.spawn(|| {
             waits.count_mine();
             client.release_move(source, 9)
@@ -140,6 +142,7 @@ fn release_move_onto_a_block_that_is_being_read_gives_its_readers_the_new_conten
     source.data_mut().fill(1);
     disk.set(|state| state.hold_reads = true);
     std::thread::scope(|scope| {
+        let _opens = disk.opens();
         let reader = scope.spawn(|| client.read(9, no_check()).map(|held| held.data()[1]));
         disk.wait_held(1);
         client.release_move(source, 9).unwrap();
@@ -159,6 +162,7 @@ fn a_reader_of_the_new_place_waits_for_the_copy_of_a_shared_hold() {
     disk.set(|state| state.hold_writes = true);
     let waits = Waits::default();
     std::thread::scope(|scope| {
+        let _opens = disk.opens();
         let mover = scope.spawn(|| client.release_move(client.get(4).unwrap(), 9));
         disk.wait_held(1);
         let reader = scope.spawn(|| {
