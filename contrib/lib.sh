@@ -26,7 +26,7 @@ need() {
 
 need_rust() {
     command -v cargo >/dev/null || [[ ! -f $HOME/.cargo/env ]] || . "$HOME/.cargo/env"
-    command -v cargo >/dev/null || die "missing: Rust, 1.85 or newer (https://rustup.rs)"
+    command -v cargo >/dev/null || die "missing: Rust, 1.86 or newer (https://rustup.rs)"
     command -v cc >/dev/null || need cc gcc
 }
 

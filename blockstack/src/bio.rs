@@ -27,15 +27,16 @@
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::time::Instant;
 
 use smallvec::SmallVec;
 
 use crate::bio_set::{BioSet, Home};
 use crate::buf::{Buf, Segment};
-use crate::device::BlockDevice;
+use crate::device::DynDevice;
 use crate::error::{BlkError, BlkResult};
+use crate::lane::{DevRef, Lanes};
+use crate::sync::prim::atomic::{AtomicU8, AtomicU32, Ordering};
 use crate::sync::{Mutex, Rank};
 use crate::units::{SECTOR_SHIFT, SECTOR_SIZE, Sector, SectorCount};
 
@@ -100,16 +101,11 @@ pub type EndIo = fn(Bio, BlkResult);
 
 /// Data of a bio's owner; any type with a default state will do.
 pub trait Pad: Any + Send {
-    /// For [`Bio::pad_mut`].
-    fn as_any_mut(&mut self) -> &mut dyn Any;
     /// Back to the default state, when the bio goes back to its set.
     fn recycle(&mut self);
 }
 
 impl<P: Default + Send + 'static> Pad for P {
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
-    }
     fn recycle(&mut self) {
         *self = P::default();
     }
@@ -176,28 +172,52 @@ pub(crate) struct Core {
     counted: bool,
     sector: Sector,
     len: SectorCount,
-    dev: Option<Arc<dyn BlockDevice>>,
+    /// Set, and not left over from the use before.
+    named: bool,
+    /// Whether a set keeps the device of the use before for the next.
+    pub(crate) keeps_dev: bool,
+    dev: Option<DevRef>,
     end_io: EndIo,
     segments: SmallVec<[Segment; 4]>,
     bufs: SmallVec<[Buf; 2]>,
     join: Arc<Join>,
     /// The join counter that a front piece reports to.
     piece_of: Option<Arc<Join>>,
+    /// The set it belongs to, also while it is not handed out.
     pub(crate) home: Option<Arc<dyn Home>>,
     /// When the device it now names accepted it, where that is sampled.
     pub(crate) started: Option<Instant>,
 }
 
-pub(crate) struct Node<T: ?Sized> {
+impl Core {
+    #[inline]
+    fn recycle(&mut self) {
+        self.flags = BioFlags::empty();
+        self.split = false;
+        self.len = SectorCount::ZERO;
+        self.named = false;
+        if !self.keeps_dev {
+            self.dev = None;
+        }
+        self.end_io = no_end_io;
+        self.segments.clear();
+        self.bufs.clear();
+        self.started = None;
+    }
+}
+
+/// A bio's memory. The pad has an allocation of its own, so that a node is known by one word, which
+/// a pool can exchange at once.
+pub(crate) struct Node {
     pub(crate) core: Core,
-    pad: T,
+    pad: Box<dyn Pad>,
 }
 
 fn no_end_io(_: Bio, _: BlkResult) {}
 
-impl<P: Pad + Default> Node<P> {
-    pub(crate) fn new() -> Box<Node<dyn Pad>> {
-        Box::new(Node {
+impl Node {
+    pub(crate) fn new<P: Pad + Default>(home: Option<Arc<dyn Home>>, keeps_dev: bool) -> Box<Self> {
+        Box::new(Self {
             core: Core {
                 op: Op::Read,
                 flags: BioFlags::empty(),
@@ -206,26 +226,38 @@ impl<P: Pad + Default> Node<P> {
                 counted: false,
                 sector: Sector::ZERO,
                 len: SectorCount::ZERO,
+                named: false,
+                keeps_dev,
                 dev: None,
                 end_io: no_end_io,
                 segments: SmallVec::new(),
                 bufs: SmallVec::new(),
                 join: Join::new(),
                 piece_of: None,
-                home: None,
+                home,
                 started: None,
             },
-            pad: P::default(),
+            pad: Box::new(P::default()),
         })
+    }
+
+    /// Makes it as it was when new, but for the memory of its lists.
+    fn recycle(&mut self) {
+        self.core.recycle();
+        self.pad.recycle();
+    }
+
+    pub(crate) fn forget_dev(&mut self) {
+        self.core.dev = None;
     }
 }
 
 /// One request to a block device; see the module's documentation.
-pub struct Bio(Option<Box<Node<dyn Pad>>>);
+pub struct Bio(Option<Box<Node>>);
 
 impl Bio {
     /// A bio that belongs to no pool; it must be [reset](Self::reset) before use.
-    pub(crate) fn without_home(node: Box<Node<dyn Pad>>) -> Self {
+    pub(crate) fn without_home(node: Box<Node>) -> Self {
         Self(Some(node))
     }
 
@@ -239,11 +271,20 @@ impl Bio {
         self.core().home.as_ref().map(Arc::as_ptr)
     }
 
-    pub(crate) fn from_node(mut node: Box<Node<dyn Pad>>, op: Op, home: Arc<dyn Home>) -> Self {
+    pub(crate) fn from_node(mut node: Box<Node>, op: Op) -> Self {
         node.core.op = op;
         node.core.life = Life::Live;
-        node.core.home = Some(home);
         Self(Some(node))
+    }
+
+    /// The memory of a bio that is over, for its set.
+    pub(crate) fn into_node(mut self) -> Option<Box<Node>> {
+        if self.core().life == Life::Live || self.core().piece_of.is_some() {
+            return None;
+        }
+        let mut node = self.0.take()?;
+        node.core.recycle();
+        Some(node)
     }
 
     #[expect(
@@ -299,28 +340,56 @@ impl Bio {
 
     /// The device it goes to.
     #[must_use]
-    pub fn dev(&self) -> Option<&Arc<dyn BlockDevice>> {
-        self.core().dev.as_ref()
+    pub fn dev(&self) -> Option<&DynDevice> {
+        self.dev_ref().map(DevRef::dev)
+    }
+
+    #[inline]
+    pub(crate) fn dev_ref(&self) -> Option<&DevRef> {
+        let core = self.core();
+        core.dev.as_ref().filter(|_| core.named)
     }
 
     /// Marks the bio as counted by the device it names; `false` where it was so before.
+    #[inline]
     pub(crate) fn account(&mut self) -> bool {
         !std::mem::replace(&mut self.core_mut().counted, true)
     }
 
     /// Names device and sector together.
-    pub fn set_dev(&mut self, dev: Arc<dyn BlockDevice>, sector: Sector) {
+    pub fn set_dev(&mut self, dev: DynDevice, sector: Sector) {
+        let stays = |old: &DevRef| old.is_dev(&dev);
+        self.leave(stays);
+        let core = self.core_mut();
+        core.dev = Some(DevRef::Plain(dev));
+        core.named = true;
+        core.sector = sector;
+    }
+
+    /// As [`Self::set_dev`], by the reference of the thread's lane.
+    #[inline]
+    pub fn set_lane(&mut self, lanes: &Lanes, sector: Sector) {
+        self.leave(|old| lanes.are_of(old));
+        let core = self.core_mut();
+        if !core.dev.as_ref().is_some_and(|dev| lanes.are_of(dev)) {
+            core.dev = Some(lanes.here());
+        }
+        core.named = true;
+        core.sector = sector;
+    }
+
+    /// The device it names gets it no more, unless `stays`.
+    #[inline]
+    fn leave(&mut self, stays: impl FnOnce(&DevRef) -> bool) {
         let core = self.core_mut();
         if core.counted
             && let Some(old) = &core.dev
-            && !Arc::ptr_eq(old, &dev)
+            && !stays(old)
         {
             old.stats().pass_on();
             core.counted = false;
             core.started = None;
         }
-        core.dev = Some(dev);
-        core.sector = sector;
     }
 
     /// Sets the length of a discard or write-zeroes; other bios take it from their segments.
@@ -408,9 +477,8 @@ impl Bio {
     )]
     pub fn pad_mut<P: Pad>(&mut self) -> &mut P {
         let node = self.0.as_mut().expect("a live bio has its node");
-        node.pad
-            .as_any_mut()
-            .downcast_mut()
+        let pad: &mut dyn Any = node.pad.as_mut();
+        pad.downcast_mut()
             .expect("pad of the type of the bio's set")
     }
 
@@ -423,9 +491,11 @@ impl Bio {
         core.flags = from.flags;
         core.sector = from.sector;
         core.len = from.len;
-        core.segments.clear();
-        core.segments
-            .extend(from.segments.iter().map(Segment::alias));
+        debug_assert!(core.segments.is_empty(), "a clone is fresh from its set");
+        match from.segments.as_slice() {
+            [one] => core.segments.push(one.alias()),
+            all => core.segments.extend(all.iter().map(Segment::alias)),
+        }
     }
 
     /// Cuts the first `front` sectors off into a bio from `set`; see the module's documentation.
@@ -453,6 +523,7 @@ impl Bio {
         to.sector = core.sector;
         to.len = front;
         to.dev.clone_from(&core.dev);
+        to.named = core.named;
         to.piece_of = Some(core.join.clone());
         if core.op.has_data() {
             let mut bytes = front.raw() as usize * SECTOR_SIZE;
@@ -520,7 +591,7 @@ impl Bio {
     pub fn reset(&mut self, op: Op) {
         let core = self.core_mut();
         debug_assert!(
-            core.life == Life::Ended || (core.dev.is_none() && !core.split),
+            core.life == Life::Ended || (!core.named && !core.split),
             "reset of a bio that did not end"
         );
         core.op = op;
@@ -529,6 +600,7 @@ impl Bio {
         core.split = false;
         core.sector = Sector::ZERO;
         core.len = SectorCount::ZERO;
+        core.named = false;
         core.dev = None;
         core.end_io = no_end_io;
         core.segments.clear();
@@ -565,13 +637,21 @@ impl Bio {
 }
 
 impl Drop for Bio {
+    #[inline]
     fn drop(&mut self) {
-        let Some(mut node) = self.0.take() else {
-            return;
-        };
+        if let Some(node) = self.0.take() {
+            Self::release(node);
+        }
+    }
+}
+
+impl Bio {
+    /// What a drop does with the memory.
+    fn release(mut node: Box<Node>) {
         if node.core.life == Life::Live {
-            if node.core.dev.is_some() || node.core.split {
-                let name = node.core.dev.as_ref().map(|dev| dev.name().to_owned());
+            if node.core.named || node.core.split {
+                let dev = node.core.dev.as_ref();
+                let name = dev.map(|dev| dev.name().to_owned());
                 log::error!(
                     "bio dropped before it ended: {:?} of {} sectors at {} on {}",
                     node.core.op,
@@ -585,22 +665,15 @@ impl Drop for Bio {
             // Never submitted: nobody waits for it.
             node.core.life = Life::Ended;
         }
-        let core = &mut node.core;
-        core.flags = BioFlags::empty();
-        core.split = false;
-        core.len = SectorCount::ZERO;
-        core.dev = None;
-        core.end_io = no_end_io;
-        core.segments.clear();
-        core.bufs.clear();
-        core.started = None;
-        if let Some(join) = core.piece_of.take() {
+        let join = node.core.piece_of.take();
+        node.recycle();
+        if let Some(home) = node.core.home.clone() {
+            home.put(node);
+        }
+        // As at the end of any piece: it is gone before its owner hears.
+        if let Some(join) = join {
             join.record(Err(BlkError::Io));
             join.put();
-        }
-        node.pad.recycle();
-        if let Some(home) = node.core.home.take() {
-            home.put(node);
         }
     }
 }

@@ -20,6 +20,22 @@
 //! pad of a clone from another set is not: on the thread's list stands the clone. Who does that must
 //! let the piece end before it takes another, by submitting the rest to its own device.
 //!
+//! # Lanes
+//!
+//! A bio that comes back is kept in a slot of the lane of the thread that brought it, from where
+//! that thread's next allocation takes it by one exchange: threads that allocate and free do not
+//! meet. What is in the slots is not lost for others. Who finds the shared list empty says that it
+//! waits, then empties all slots, and then waits; who puts a bio into a slot looks, after that,
+//! whether somebody waits, and takes it out again for him. Both exchange the same word, so one of
+//! the two sees the other:
+//!
+//! ```text
+//! waiter: waiting += 1;  slot.take() -> none                ; sleeps
+//! other:                                    slot.swap(bio)  ; waiting > 0: to the list, wakes
+//! ```
+//!
+//! A set that is dropped is closed in the same way; bios that come back later are freed.
+//!
 //! # Locking
 //!
 //! One leaf lock a set, held for a push or a pop.
@@ -28,11 +44,15 @@ use std::fmt;
 use std::io;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crossbeam_utils::CachePadded;
 
 use crate::bio::{Bio, Node, Op, Pad};
+use crate::lane::{LANES, thread_lane};
 use crate::submit::{in_submission, submit_bio, take_parked};
-use crate::sync::{Condvar, Mutex, Rank, assert_may_wait, assert_not_completing};
+use crate::sync::prim::Exchange;
+use crate::sync::prim::atomic::{AtomicUsize, Ordering};
+use crate::sync::{Condvar, Mutex, MutexGuard, Rank, assert_may_wait, assert_not_completing};
 use crate::workqueue::{OnceWorkqueue, Workqueue};
 
 /// Whether an allocation may wait.
@@ -57,34 +77,116 @@ pub enum Rescue {
 
 /// Where a bio goes back to.
 pub(crate) trait Home: Send + Sync {
-    fn put(&self, node: Box<Node<dyn Pad>>);
+    fn put(&self, node: Box<Node>);
 }
+
+type Free = Vec<Box<Node>>;
+type Slot = CachePadded<Exchange<Box<Node>>>;
+
+/// In [`Inner::attention`]: the set is closed.
+const CLOSED: usize = 1 << (usize::BITS - 1);
 
 struct Inner {
     name: String,
     limit: usize,
-    free: Mutex<Vec<Box<Node<dyn Pad>>>>,
+    slots: Box<[Slot]>,
+    free: Mutex<Free>,
     back: Condvar,
-    waiting: AtomicUsize,
+    /// Threads that wait for a bio, and [`CLOSED`]: what somebody who puts a bio must look at.
+    attention: AtomicUsize,
     rescue: Rescue,
     rescuer: OnceWorkqueue<Bio>,
 }
 
 impl Home for Inner {
-    fn put(&self, node: Box<Node<dyn Pad>>) {
-        // Counted under the lock, so a waiter cannot be missed.
-        let wake = {
-            let mut free = self.free.lock_nested();
-            free.push(node);
-            self.waiting.load(Ordering::Relaxed) > 0
-        };
-        if wake {
-            self.back.notify_one();
+    #[inline]
+    fn put(&self, node: Box<Node>) {
+        let slot = &self.slots[thread_lane()];
+        let before = slot.swap(Some(node));
+        if before.is_some() || self.attention.load(Ordering::Relaxed) != 0 {
+            self.put_shared(before, slot);
         }
     }
 }
 
 impl Inner {
+    /// Puts on the list what was in the slot and, where somebody waits or nobody will come any
+    /// more, what is there now.
+    #[cold]
+    fn put_shared(&self, before: Option<Box<Node>>, slot: &Slot) {
+        let mut free = self.free.lock_nested();
+        free.extend(before);
+        let attention = self.attention.load(Ordering::Relaxed);
+        if attention != 0 {
+            free.extend(slot.take());
+        }
+        if attention & CLOSED != 0 {
+            let dead = std::mem::take(&mut *free);
+            drop(free);
+            drop(dead);
+        } else if attention != 0 {
+            drop(free);
+            self.back.notify_one();
+        }
+    }
+
+    /// Takes what is in the slots onto the list.
+    fn collect(&self, free: &mut MutexGuard<'_, Free>) {
+        for slot in &self.slots {
+            free.extend(slot.take());
+        }
+    }
+
+    #[inline]
+    fn pop(&self) -> Option<Box<Node>> {
+        let own = self.slots[thread_lane()].take();
+        own.or_else(|| self.pop_shared())
+    }
+
+    #[cold]
+    fn pop_shared(&self) -> Option<Box<Node>> {
+        let mut free = self.free.lock_nested();
+        if free.is_empty() {
+            self.collect(&mut free);
+        }
+        free.pop()
+    }
+
+    #[cold]
+    fn pop_waiting(&self) -> Box<Node> {
+        if in_submission() {
+            assert_not_completing();
+            self.punt();
+        } else {
+            assert_may_wait();
+        }
+        let mut free = self.free.lock_nested();
+        // Before the slots are looked at: see the module's documentation.
+        self.attention.fetch_add(1, Ordering::Relaxed);
+        let node = loop {
+            self.collect(&mut free);
+            match free.pop() {
+                Some(node) => break node,
+                None => self.back.wait(&mut free),
+            }
+        };
+        self.attention.fetch_sub(1, Ordering::Relaxed);
+        if !free.is_empty() {
+            // More came out of the slots than this thread wants.
+            self.back.notify_one();
+        }
+        node
+    }
+
+    fn close(&self) {
+        self.attention.fetch_or(CLOSED, Ordering::Relaxed);
+        let mut free = self.free.lock_nested();
+        self.collect(&mut free);
+        let dead = std::mem::take(&mut *free);
+        drop(free);
+        drop(dead);
+    }
+
     fn rescuer(&self) -> io::Result<&Workqueue<Bio>> {
         let name = format!("rescue {}", self.name);
         self.rescuer
@@ -109,18 +211,34 @@ impl Inner {
     }
 }
 
+/// The bios of a set know it and it knows them; the last handle ends that.
+struct Handle(Arc<Inner>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 /// A bounded pool of bios with `P` as front pad; clones share it.
 pub struct BioSet<P> {
-    inner: Arc<Inner>,
+    handle: Arc<Handle>,
     pad: PhantomData<fn() -> P>,
 }
 
 impl<P> Clone for BioSet<P> {
     fn clone(&self) -> Self {
         Self {
-            inner: self.inner.clone(),
+            handle: self.handle.clone(),
             pad: PhantomData,
         }
+    }
+}
+
+impl<P> BioSet<P> {
+    #[inline]
+    fn inner(&self) -> &Inner {
+        &self.handle.0
     }
 }
 
@@ -128,13 +246,29 @@ impl<P: Pad + Default> BioSet<P> {
     /// Makes a set of `limit` bios, at least one, with a rescuer on demand.
     #[must_use]
     pub fn new(name: &str, limit: usize) -> Self {
-        Self::make(name, limit, Rescue::OnDemand)
+        Self::make(name, limit, Rescue::OnDemand, false)
+    }
+
+    /// As [`Self::without_rescuer`], for bios that are nearly always sent to the same devices: what
+    /// is free keeps a reference to the device it was sent to last, until
+    /// [`Self::forget_devices`].
+    #[must_use]
+    pub fn keeping_devices(name: &str, limit: usize) -> Self {
+        Self::make(name, limit, Rescue::Never, true)
+    }
+
+    /// Lets go of the devices that free bios were sent to last.
+    pub fn forget_devices(&self) {
+        let inner = self.inner();
+        let mut free = inner.free.lock_nested();
+        inner.collect(&mut free);
+        free.iter_mut().for_each(|node| node.forget_dev());
     }
 
     /// As [`Self::new`], without a rescuer: [`Rescue::Never`].
     #[must_use]
     pub fn without_rescuer(name: &str, limit: usize) -> Self {
-        Self::make(name, limit, Rescue::Never)
+        Self::make(name, limit, Rescue::Never, false)
     }
 
     /// Makes a set of `limit` bios, at least one.
@@ -142,27 +276,32 @@ impl<P: Pad + Default> BioSet<P> {
     /// # Errors
     /// Where the rescuer's thread must be ready and the system gives none.
     pub fn with_rescue(name: &str, limit: usize, rescue: Rescue) -> io::Result<Self> {
-        let set = Self::make(name, limit, rescue);
+        let set = Self::make(name, limit, rescue, false);
         if rescue == Rescue::Ready {
-            set.inner.rescuer()?;
+            set.inner().rescuer()?;
         }
         Ok(set)
     }
 
-    fn make(name: &str, limit: usize, rescue: Rescue) -> Self {
+    fn make(name: &str, limit: usize, rescue: Rescue, keeps_dev: bool) -> Self {
         let limit = limit.max(1);
-        let free = (0..limit).map(|_| Node::<P>::new()).collect();
-        let inner = Inner {
+        let inner = Arc::new(Inner {
             name: name.to_owned(),
             limit,
-            free: Mutex::new(Rank::Pool, free),
+            slots: (0..LANES).map(|_| Slot::default()).collect(),
+            free: Mutex::new(Rank::Pool, Vec::with_capacity(limit)),
             back: Condvar::new(),
-            waiting: AtomicUsize::new(0),
+            attention: AtomicUsize::new(0),
             rescue,
             rescuer: OnceWorkqueue::new(),
-        };
+        });
+        let node = || Node::new::<P>(Some(inner.clone()), keeps_dev);
+        inner
+            .free
+            .lock_nested()
+            .extend(std::iter::repeat_with(node).take(limit));
         Self {
-            inner: Arc::new(inner),
+            handle: Arc::new(Handle(inner)),
             pad: PhantomData,
         }
     }
@@ -172,74 +311,70 @@ impl<P: Pad + Default> BioSet<P> {
     /// # Panics
     /// In debug builds, where it would have to wait in a context that must not (`DESIGN` 8).
     #[must_use]
+    #[inline]
     pub fn alloc(&self, op: Op, wait: Wait) -> Option<Bio> {
-        let node = match self.pop() {
+        let inner = self.inner();
+        let node = match inner.pop() {
             Some(node) => node,
             None if wait == Wait::No => return None,
-            None => self.pop_waiting(),
+            None => inner.pop_waiting(),
         };
-        Some(Bio::from_node(node, op, self.inner.clone()))
+        Some(Bio::from_node(node, op))
     }
 
-    fn pop(&self) -> Option<Box<Node<dyn Pad>>> {
-        self.inner.free.lock_nested().pop()
-    }
-
-    #[cold]
-    fn pop_waiting(&self) -> Box<Node<dyn Pad>> {
-        if in_submission() {
-            assert_not_completing();
-            self.inner.punt();
-        } else {
-            assert_may_wait();
+    /// Takes back a bio of this set that is over; what a drop does, for less where the set is at
+    /// hand. The pad stays as it is: its owner has put it back to its default state.
+    #[inline]
+    pub fn give_back(&self, bio: Bio) {
+        let me: *const Inner = self.inner();
+        if !bio.home().is_some_and(|home| std::ptr::addr_eq(home, me)) {
+            return;
         }
-        let mut free = self.inner.free.lock_nested();
-        self.inner.waiting.fetch_add(1, Ordering::Relaxed);
-        let node = loop {
-            match free.pop() {
-                Some(node) => break node,
-                None => self.inner.back.wait(&mut free),
-            }
-        };
-        self.inner.waiting.fetch_sub(1, Ordering::Relaxed);
-        node
+        if let Some(node) = bio.into_node() {
+            self.inner().put(node);
+        }
     }
 
     /// Makes a bio like those of the set that does not belong to it: its owner keeps it, resets it
     /// before each use, and frees it by a drop.
     #[must_use]
     pub fn alloc_own(&self) -> Bio {
-        Bio::without_home(Node::<P>::new())
+        Bio::without_home(Node::new::<P>(None, false))
     }
 
     /// Lets go of `bio`, where it is one of the set's: it is freed at its end, and a new one takes
     /// its place. For a bio that is put aside for nobody knows how long, during which others would
     /// wait for it.
     pub fn disown(&self, bio: &mut Bio) {
-        let me = Arc::as_ptr(&self.inner);
-        if bio.home().is_some_and(|home| std::ptr::addr_eq(home, me)) {
-            bio.core_mut().home = None;
-            self.inner.put(Node::<P>::new());
+        let me = &self.handle.0;
+        let is_mine = |home| std::ptr::addr_eq(home, Arc::as_ptr(me));
+        if bio.home().is_some_and(is_mine) {
+            let core = bio.core_mut();
+            core.home = None;
+            me.put(Node::new::<P>(Some(me.clone()), core.keeps_dev));
         }
     }
 
     /// Threads that wait for a bio now.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.inner.waiting.load(Ordering::Relaxed)
+        self.inner().attention.load(Ordering::Relaxed) & !CLOSED
     }
 
     /// Bios handed out and not yet back.
     #[must_use]
     pub fn in_use(&self) -> usize {
-        self.inner.limit - self.inner.free.lock_nested().len()
+        let inner = self.inner();
+        let mut free = inner.free.lock_nested();
+        inner.collect(&mut free);
+        inner.limit - free.len()
     }
 }
 
 impl<P> fmt::Debug for BioSet<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("BioSet")
-            .field("name", &self.inner.name)
+            .field("name", &self.inner().name)
             .finish_non_exhaustive()
     }
 }

@@ -13,12 +13,13 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use memmap2::MmapMut;
 
 use crate::error::BlkError;
+use crate::sync::prim::Global;
+use crate::sync::prim::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, Rank};
 
 /// Every buffer begins at a multiple of this many bytes, which suits `O_DIRECT` on any device.
@@ -120,8 +121,8 @@ impl PagePool {
     /// The pool that most users share: at most 1 GiB, mapped as needed.
     #[must_use]
     pub fn shared() -> &'static Self {
-        static SHARED: std::sync::OnceLock<PagePool> = std::sync::OnceLock::new();
-        SHARED.get_or_init(|| Self::new(1 << 30))
+        static SHARED: Global<PagePool> = Global::new(|| PagePool::new(1 << 30));
+        SHARED.get()
     }
 
     /// Bytes mapped so far.

@@ -4,8 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use crossbeam_utils::CachePadded;
+
 use crate::bio::{Bio, Op};
 use crate::error::BlkResult;
+use crate::lane::{SLOTS, thread_slot};
 use crate::units::SectorCount;
 
 /// What a device can do; stacks from the bottom up.
@@ -73,6 +76,17 @@ impl Limits {
     }
 }
 
+/// What every bio is held against on its way in.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Bounds {
+    /// Size in sectors.
+    pub capacity: SectorCount,
+    /// Smallest unit of I/O in bytes.
+    pub logical_block_size: u32,
+    /// Whether writes are refused.
+    pub read_only: bool,
+}
+
 /// Something bios can be sent to.
 pub trait BlockDevice: Send + Sync {
     /// Its name, for messages and tables.
@@ -83,19 +97,36 @@ pub trait BlockDevice: Send + Sync {
     fn limits(&self) -> Limits;
     /// Its counters.
     fn stats(&self) -> &Stats;
+    /// Size and limits that every bio is held against; for devices that know them faster than by
+    /// [`Self::limits`].
+    fn bounds(&self) -> Bounds {
+        let limits = self.limits();
+        Bounds {
+            capacity: self.capacity(),
+            logical_block_size: limits.logical_block_size,
+            read_only: limits.read_only,
+        }
+    }
     /// Takes a bio that [`submit_bio`](crate::submit_bio) has checked. Called by `submit_bio` only.
     /// Must not wait; sends the bio on, or completes it now or later.
     fn submit(&self, bio: Bio);
+    /// As [`Self::submit`], for a device that nearly always sends one bio on: where it gives that
+    /// back, it is submitted as if the device had done so last.
+    #[inline]
+    fn forward(&self, bio: Bio) -> Option<Bio> {
+        self.submit(bio);
+        None
+    }
 }
 
 /// Buckets of the latency histogram.
 pub const LATENCY_BUCKETS: usize = 20;
 /// One bio in so many has its latency taken; reading the clock costs more than all else here.
-const LATENCY_SAMPLE: u64 = 16;
+const LATENCY_SAMPLE: u64 = 64;
 
-/// Counters of a device.
+/// Counters of one thread, or of those that have no slot.
 #[derive(Debug, Default)]
-pub struct Stats {
+struct Counts {
     reads: AtomicU64,
     writes: AtomicU64,
     flushes: AtomicU64,
@@ -106,7 +137,45 @@ pub struct Stats {
     /// Bios that another device took over.
     passed_on: AtomicU64,
     failed: AtomicU64,
+}
+
+/// Counters of a device.
+#[derive(Debug)]
+pub struct Stats {
+    /// By the thread's slot, and last those of threads that have none.
+    counts: Box<[CachePadded<Counts>]>,
     latency: [AtomicU64; LATENCY_BUCKETS],
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        Self {
+            counts: (0..=SLOTS).map(|_| CachePadded::default()).collect(),
+            latency: Default::default(),
+        }
+    }
+}
+
+/// A thread's counters.
+struct Mine<'a> {
+    counts: &'a Counts,
+    alone: bool,
+}
+
+impl Mine<'_> {
+    /// Adds, and gives what was there before.
+    #[inline]
+    fn add(&self, counter: fn(&Counts) -> &AtomicU64, n: u64) -> u64 {
+        let counter = counter(self.counts);
+        if self.alone {
+            // Nobody else writes it.
+            let before = counter.load(Ordering::Relaxed);
+            counter.store(before.wrapping_add(n), Ordering::Relaxed);
+            before
+        } else {
+            counter.fetch_add(n, Ordering::Relaxed)
+        }
+    }
 }
 
 /// The counters at one moment.
@@ -128,38 +197,54 @@ pub struct StatsSnapshot {
     pub in_flight: u64,
     /// Bios that ended with an error.
     pub failed: u64,
-    /// Latencies of one bio in 16: bucket `n` counts those of less than `2^n` microseconds and not
+    /// Latencies of one bio in 64 of each thread: bucket `n` counts those of less than `2^n` microseconds and not
     /// less than half of that; the last takes what is longer.
     pub latency: [u64; LATENCY_BUCKETS],
 }
 
 impl Stats {
+    #[inline]
+    fn mine(&self) -> Mine<'_> {
+        let slot = thread_slot();
+        Mine {
+            counts: &self.counts[slot],
+            alone: slot < SLOTS,
+        }
+    }
+
     /// Counts a bio that the device is about to get.
+    #[inline]
     pub(crate) fn start(&self, bio: &mut Bio) {
         if !bio.account() {
             // The rest of a bio that was split comes by again.
             return;
         }
-        let (count, sectors) = match bio.op() {
-            Op::Read => (&self.reads, Some(&self.sectors_read)),
-            Op::Write | Op::WriteZeroes => (&self.writes, Some(&self.sectors_written)),
-            Op::Flush => (&self.flushes, None),
-            Op::Discard => (&self.discards, None),
+        let mine = self.mine();
+        let sectors = bio.len().raw();
+        let before = match bio.op() {
+            Op::Read => {
+                mine.add(|counts| &counts.sectors_read, sectors);
+                mine.add(|counts| &counts.reads, 1)
+            }
+            Op::Write | Op::WriteZeroes => {
+                mine.add(|counts| &counts.sectors_written, sectors);
+                mine.add(|counts| &counts.writes, 1)
+            }
+            Op::Flush => mine.add(|counts| &counts.flushes, 1),
+            Op::Discard => mine.add(|counts| &counts.discards, 1),
         };
-        let before = count.fetch_add(1, Ordering::Relaxed);
-        if let Some(sectors) = sectors {
-            sectors.fetch_add(bio.len().raw(), Ordering::Relaxed);
-        }
         if before % LATENCY_SAMPLE == 0 {
             bio.core_mut().started = Some(Instant::now());
         }
     }
 
     /// Counts the end of a bio.
+    #[inline]
     pub(crate) fn end(&self, started: Option<Instant>, res: BlkResult) {
-        self.ended.fetch_add(1, Ordering::Relaxed);
+        let mine = self.mine();
+        mine.add(|counts| &counts.ended, 1);
         if res.is_err() {
-            self.failed.fetch_add(1, Ordering::Relaxed);
+            mine.add(|counts| &counts.failed, 1);
         }
         if let Some(started) = started {
             let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -170,27 +255,34 @@ impl Stats {
 
     /// Counts a bio that goes on to another device.
     pub(crate) fn pass_on(&self) {
-        self.passed_on.fetch_add(1, Ordering::Relaxed);
+        self.mine().add(|counts| &counts.passed_on, 1);
     }
 
     /// The counters now.
     #[must_use]
     pub fn snapshot(&self) -> StatsSnapshot {
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let sum = |counter: fn(&Counts) -> &AtomicU64| {
+            let all = self.counts.iter().map(|counts| counter(counts));
+            all.fold(0u64, |sum, one| {
+                sum.wrapping_add(one.load(Ordering::Relaxed))
+            })
+        };
         // Ends first: what ends between the two looks in flight, never less than nothing.
-        let over = load(&self.ended) + load(&self.passed_on);
-        let (reads, writes) = (load(&self.reads), load(&self.writes));
-        let (flushes, discards) = (load(&self.flushes), load(&self.discards));
+        let over = sum(|counts| &counts.ended) + sum(|counts| &counts.passed_on);
+        let reads = sum(|counts| &counts.reads);
+        let writes = sum(|counts| &counts.writes);
+        let flushes = sum(|counts| &counts.flushes);
+        let discards = sum(|counts| &counts.discards);
         StatsSnapshot {
             reads,
             writes,
             flushes,
             discards,
-            sectors_read: load(&self.sectors_read),
-            sectors_written: load(&self.sectors_written),
+            sectors_read: sum(|counts| &counts.sectors_read),
+            sectors_written: sum(|counts| &counts.sectors_written),
             in_flight: (reads + writes + flushes + discards).saturating_sub(over),
-            failed: load(&self.failed),
-            latency: std::array::from_fn(|bucket| load(&self.latency[bucket])),
+            failed: sum(|counts| &counts.failed),
+            latency: std::array::from_fn(|bucket| self.latency[bucket].load(Ordering::Relaxed)),
         }
     }
 }

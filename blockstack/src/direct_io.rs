@@ -21,7 +21,6 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::bio::{Bio, BioFlags, Op};
 use crate::bio_set::{BioSet, Wait};
@@ -30,6 +29,8 @@ use crate::device::DynDevice;
 use crate::error::{BlkError, BlkResult};
 use crate::plug::Plug;
 use crate::submit::{submit_and_stay, submit_bio};
+use crate::sync::prim::atomic::{AtomicUsize, Ordering};
+use crate::sync::prim::thread_local;
 use crate::sync::{Condvar, Mutex, Rank, assert_may_wait};
 use crate::units::{SECTOR_SIZE, Sector, SectorCount};
 use crate::workqueue::{OnceWorkqueue, Workqueue};

@@ -29,6 +29,7 @@
 //! | [`direct_io`] | mappings in, bios out |
 //! | [`workqueue`] | threads for what must not be done where it comes up |
 //! | [`sched`] | where and how urgently a thread runs |
+//! | [`lane`] | what keeps processors out of each other's cache lines |
 //! | [`device`] | the trait, limits, counters |
 //! | [`backend`] | the bottom of a stack |
 //!
@@ -47,6 +48,7 @@ pub mod buf;
 pub mod device;
 pub mod direct_io;
 pub mod error;
+pub mod lane;
 pub mod plug;
 pub mod sched;
 pub mod submit;
@@ -60,9 +62,10 @@ pub mod workqueue;
 pub use bio::{Bio, BioFlags, Op};
 pub use bio_set::{BioSet, Rescue, Wait};
 pub use buf::{Buf, PagePool};
-pub use device::{BlockDevice, DynDevice, Limits};
+pub use device::{BlockDevice, Bounds, DynDevice, Limits};
 pub use direct_io::{Dio, DioConfig, DioDone, DirectIo, Extent, Mapping};
 pub use error::{BlkError, BlkResult};
+pub use lane::Lanes;
 pub use plug::Plug;
 pub use submit::submit_bio;
 pub use units::{Sector, SectorCount};

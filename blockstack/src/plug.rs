@@ -8,6 +8,8 @@ use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
+use crate::sync::prim::thread_local;
+
 /// A backend that can hold back what was queued.
 pub(crate) trait Kick: Send + Sync {
     /// Sends what is queued.

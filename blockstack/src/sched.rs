@@ -9,7 +9,6 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
-use std::thread::{Builder, JoinHandle};
 
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, gettid, sched_getaffinity, sched_setaffinity};
@@ -17,6 +16,8 @@ use thread_priority::{
     NormalThreadSchedulePolicy, ThreadId, ThreadPriority, ThreadSchedulePolicy,
     set_thread_priority_and_policy, thread_native_id,
 };
+
+use crate::sync::prim::thread::{Builder, JoinHandle};
 
 struct Start {
     name: String,
@@ -85,7 +86,8 @@ pub fn lower() -> io::Result<Lowered> {
     }
     if PLAIN.get().is_none() {
         let (sender, starts) = channel::<Start>();
-        Builder::new().name("starter".into()).spawn(move || {
+        let starter = std::thread::Builder::new().name("starter".into());
+        starter.spawn(move || {
             for Start {
                 name,
                 body,

@@ -15,11 +15,11 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 use crate::bio::{Bio, BioFlags, Op};
-use crate::device::BlockDevice;
 use crate::error::BlkError;
+use crate::lane::DevRef;
+use crate::sync::prim::thread_local;
 
 #[derive(Default)]
 struct Lists {
@@ -86,11 +86,8 @@ pub(crate) fn may_stay() -> bool {
 }
 
 /// Sends a bio to the device it names. It ends through its `end_io`, perhaps before this returns.
-pub fn submit_bio(mut bio: Bio) {
-    if let Err(error) = check(&mut bio) {
-        bio.complete(Err(error));
-        return;
-    }
+pub fn submit_bio(bio: Bio) {
+    let Some(bio) = checked(bio) else { return };
     let queued = LISTS.with_borrow_mut(|lists| {
         if lists.active {
             lists.new.push_back(bio);
@@ -102,29 +99,46 @@ pub fn submit_bio(mut bio: Bio) {
     let Some(mut bio) = queued else { return };
     let _end = Outermost;
     loop {
-        let Some(dev) = bio.dev().cloned() else {
+        // The device may lose its last other reference while it has the bio.
+        let Some(dev) = bio.dev_ref().cloned() else {
             bio.complete(Err(BlkError::NoDevice));
             return;
         };
         dev.stats().start(&mut bio);
-        dev.submit(bio);
-        let next = LISTS.with_borrow_mut(|lists| {
-            sort_new(lists, &dev);
-            lists.old.pop_front()
-        });
-        match next {
+        let on = dev.forward(bio).and_then(checked);
+        match LISTS.with_borrow_mut(|lists| next(lists, on, &dev)) {
             Some(next) => bio = next,
             None => return,
         }
     }
 }
 
-/// Lower devices, then the same, then what was there before; the result stands in `old`.
-fn sort_new(lists: &mut Lists, dev: &Arc<dyn BlockDevice>) {
-    if lists.new.is_empty() {
-        return;
+/// Ends a bio that its device must not get.
+#[inline]
+fn checked(mut bio: Bio) -> Option<Bio> {
+    match check(&mut bio) {
+        Ok(()) => Some(bio),
+        Err(error) => {
+            bio.complete(Err(error));
+            None
+        }
     }
-    let is_same = |bio: &Bio| bio.dev().is_some_and(|other| Arc::ptr_eq(other, dev));
+}
+
+/// The bio to go on with after `dev` had its turn and sent on `on`.
+#[inline]
+fn next(lists: &mut Lists, on: Option<Bio>, dev: &DevRef) -> Option<Bio> {
+    if lists.new.is_empty() {
+        return on.or_else(|| lists.old.pop_front());
+    }
+    lists.new.extend(on);
+    sort_new(lists, dev);
+    lists.old.pop_front()
+}
+
+/// Lower devices, then the same, then what was there before; the result stands in `old`.
+fn sort_new(lists: &mut Lists, dev: &DevRef) {
+    let is_same = |bio: &Bio| bio.dev_ref().is_some_and(|other| other.is(dev));
     // From the back, so that `push_front` keeps the order: first the same device's, then the lower
     // ones, which so come to stand before them.
     for pass_same in [true, false] {
@@ -162,15 +176,35 @@ impl Drop for Outermost {
     }
 }
 
+#[inline]
 fn check(bio: &mut Bio) -> Result<(), BlkError> {
-    let Some(dev) = bio.dev() else {
+    let Some(dev) = bio.dev_ref() else {
         return Err(BlkError::NoDevice);
     };
     if bio.op() == Op::Flush {
         return Ok(());
     }
-    let limits = dev.limits();
-    if bio.op().is_write() && limits.read_only {
+    let bounds = dev.bounds();
+    let end = bio.sector().checked_add(bio.len());
+    let outside = end.is_none_or(|end| end.raw() > bounds.capacity.raw());
+    let units = u64::from(bounds.logical_block_size >> crate::units::SECTOR_SHIFT);
+    let uneven = units > 1 && (bio.sector().raw() | bio.len().raw()) & (units - 1) != 0;
+    if outside || uneven || bio.is_empty() || (bounds.read_only && bio.op().is_write()) {
+        return check_again(bio, dev, outside, uneven, bounds.read_only);
+    }
+    Ok(())
+}
+
+/// What is wrong with a bio that something seems to be wrong with.
+#[cold]
+fn check_again(
+    bio: &Bio,
+    dev: &DevRef,
+    outside: bool,
+    uneven: bool,
+    read_only: bool,
+) -> Result<(), BlkError> {
+    if bio.op().is_write() && read_only {
         log::error!(
             "{}: write at sector {} refused, read-only",
             dev.name(),
@@ -178,8 +212,7 @@ fn check(bio: &mut Bio) -> Result<(), BlkError> {
         );
         return Err(BlkError::ReadOnly);
     }
-    let end = bio.sector().checked_add(bio.len());
-    if end.is_none_or(|end| end.raw() > dev.capacity().raw()) {
+    if outside {
         log::error!(
             "{}: {:?} of {} sectors at {} beyond the end at {}",
             dev.name(),
@@ -190,12 +223,8 @@ fn check(bio: &mut Bio) -> Result<(), BlkError> {
         );
         return Err(BlkError::OutOfRange);
     }
-    let block = u64::from(limits.logical_block_size) >> crate::units::SECTOR_SHIFT;
-    if block > 1 && (bio.sector().raw() % block != 0 || bio.len().raw() % block != 0) {
-        return Err(BlkError::Unaligned);
-    }
     let is_empty_flush = bio.is_empty() && bio.flags().contains(BioFlags::PREFLUSH);
-    if bio.is_empty() && !is_empty_flush {
+    if uneven || (bio.is_empty() && !is_empty_flush) {
         return Err(BlkError::Unaligned);
     }
     Ok(())

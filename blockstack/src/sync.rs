@@ -16,6 +16,10 @@ use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+pub mod prim;
+
+use self::prim::thread_local;
+
 /// The order of locks, outer to inner (`DESIGN` section 8, `STYLE` 3.6).
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 #[repr(u8)]
@@ -83,14 +87,14 @@ enum Nesting {
 
 #[cfg(debug_assertions)]
 fn push_rank(rank: Rank, nesting: Nesting) {
-    HELD.with_borrow_mut(|held| {
+    with_held(|held| {
         if let Some(&highest) = held.iter().max() {
             let fits = match nesting {
                 Nesting::Strict => rank > highest,
                 Nesting::SameRank => rank >= highest,
             };
             assert!(
-                fits || std::thread::panicking(),
+                fits || prim::thread::panicking(),
                 "lock of rank {rank:?} taken under {held:?}"
             );
         }
@@ -100,11 +104,19 @@ fn push_rank(rank: Rank, nesting: Nesting) {
 
 #[cfg(debug_assertions)]
 fn pop_rank(rank: Rank) {
-    HELD.with_borrow_mut(|held| {
+    with_held(|held| {
         if let Some(index) = held.iter().rposition(|&other| other == rank) {
             held.remove(index);
         }
     });
+}
+
+/// Runs `f` with the ranks that the thread holds; not in a model, while one of its threads ends.
+#[cfg(debug_assertions)]
+#[track_caller]
+fn with_held(f: impl FnOnce(&mut Vec<Rank>)) {
+    let gone = HELD.try_with(|held| f(&mut held.borrow_mut()));
+    debug_assert!(gone.is_ok() || cfg!(shuttle));
 }
 
 #[cfg(not(debug_assertions))]
@@ -122,10 +134,10 @@ fn pop_rank(_: Rank) {}
 pub fn assert_may_wait() {
     #[cfg(debug_assertions)]
     {
-        HELD.with_borrow(|held| {
+        with_held(|held| {
             let bad = held.iter().find(|rank| !rank.may_wait());
             assert!(
-                bad.is_none() || std::thread::panicking(),
+                bad.is_none() || prim::thread::panicking(),
                 "waits under {held:?}"
             );
         });
@@ -140,7 +152,7 @@ pub fn assert_may_wait() {
 #[track_caller]
 pub fn assert_not_completing() {
     debug_assert!(
-        !in_completion_thread() || std::thread::panicking(),
+        !in_completion_thread() || prim::thread::panicking(),
         "waits in a thread that completes bios"
     );
 }
@@ -212,13 +224,13 @@ pub fn blocking<R>(wait: impl FnOnce() -> R) -> R {
 /// A mutual exclusion lock with a rank.
 pub struct Mutex<T: ?Sized> {
     rank: Rank,
-    inner: parking_lot::Mutex<T>,
+    inner: prim::Mutex<T>,
 }
 
 /// Holds a [`Mutex`].
 pub struct MutexGuard<'a, T: ?Sized> {
     rank: Rank,
-    inner: parking_lot::MutexGuard<'a, T>,
+    inner: prim::MutexGuard<'a, T>,
 }
 
 impl<T> Mutex<T> {
@@ -226,7 +238,7 @@ impl<T> Mutex<T> {
     pub const fn new(rank: Rank, value: T) -> Self {
         Self {
             rank,
-            inner: parking_lot::Mutex::new(value),
+            inner: prim::Mutex::new(value),
         }
     }
 
@@ -312,19 +324,19 @@ impl<T: ?Sized> fmt::Debug for Mutex<T> {
 /// A readers-writer lock with a rank.
 pub struct RwLock<T: ?Sized> {
     rank: Rank,
-    inner: parking_lot::RwLock<T>,
+    inner: prim::RwLock<T>,
 }
 
 /// Holds an [`RwLock`] for reading.
 pub struct RwLockReadGuard<'a, T: ?Sized> {
     rank: Rank,
-    inner: parking_lot::RwLockReadGuard<'a, T>,
+    inner: prim::RwLockReadGuard<'a, T>,
 }
 
 /// Holds an [`RwLock`] for writing.
 pub struct RwLockWriteGuard<'a, T: ?Sized> {
     rank: Rank,
-    inner: parking_lot::RwLockWriteGuard<'a, T>,
+    inner: prim::RwLockWriteGuard<'a, T>,
 }
 
 impl<T> RwLock<T> {
@@ -332,7 +344,7 @@ impl<T> RwLock<T> {
     pub const fn new(rank: Rank, value: T) -> Self {
         Self {
             rank,
-            inner: parking_lot::RwLock::new(value),
+            inner: prim::RwLock::new(value),
         }
     }
 
@@ -470,13 +482,13 @@ impl<T: ?Sized> fmt::Debug for RwLock<T> {
 
 /// A condition variable for [`Mutex`]; every wait goes through [`blocking`].
 #[derive(Debug, Default)]
-pub struct Condvar(parking_lot::Condvar);
+pub struct Condvar(prim::Condvar);
 
 impl Condvar {
     /// Makes a condition variable.
     #[must_use]
     pub const fn new() -> Self {
-        Self(parking_lot::Condvar::new())
+        Self(prim::Condvar::new())
     }
 
     /// Wakes one waiter.
@@ -490,31 +502,27 @@ impl Condvar {
     }
 
     /// Gives the lock up, sleeps until woken, and takes it again.
-    pub fn wait<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>) {
+    pub fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
         blocking(|| self.0.wait(&mut guard.inner));
     }
 
     /// As [`Self::wait`], but without telling the thread's hook: for the hook's own use.
-    pub fn wait_quietly<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>) {
+    pub fn wait_quietly<T>(&self, guard: &mut MutexGuard<'_, T>) {
         self.0.wait(&mut guard.inner);
     }
 
     /// As [`Self::wait_quietly`], at most for `timeout`; `false` where the time ran out.
-    pub fn wait_quietly_for<T: ?Sized>(
-        &self,
-        guard: &mut MutexGuard<'_, T>,
-        timeout: Duration,
-    ) -> bool {
+    pub fn wait_quietly_for<T>(&self, guard: &mut MutexGuard<'_, T>, timeout: Duration) -> bool {
         !self.0.wait_for(&mut guard.inner, timeout).timed_out()
     }
 
     /// As [`Self::wait`], at most for `timeout`; `false` where the time ran out.
-    pub fn wait_for<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, timeout: Duration) -> bool {
+    pub fn wait_for<T>(&self, guard: &mut MutexGuard<'_, T>, timeout: Duration) -> bool {
         blocking(|| !self.0.wait_for(&mut guard.inner, timeout).timed_out())
     }
 
     /// As [`Self::wait`], at most until `deadline`; `false` where the time ran out.
-    pub fn wait_until<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, deadline: Instant) -> bool {
+    pub fn wait_until<T>(&self, guard: &mut MutexGuard<'_, T>, deadline: Instant) -> bool {
         blocking(|| !self.0.wait_until(&mut guard.inner, deadline).timed_out())
     }
 }

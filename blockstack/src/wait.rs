@@ -9,6 +9,7 @@ use crate::buf::Buf;
 use crate::device::DynDevice;
 use crate::error::{BlkError, BlkResult};
 use crate::submit::submit_and_stay;
+use crate::sync::prim::{Global, thread_local};
 use crate::sync::{Condvar, Mutex, Rank, assert_may_wait};
 use crate::units::{Sector, SectorCount};
 
@@ -31,8 +32,8 @@ thread_local! {
 }
 
 fn set() -> &'static BioSet<WaitPad> {
-    static SET: std::sync::OnceLock<BioSet<WaitPad>> = std::sync::OnceLock::new();
-    SET.get_or_init(|| BioSet::new("wait", 1))
+    static SET: Global<BioSet<WaitPad>> = Global::new(|| BioSet::new("wait", 1));
+    SET.get()
 }
 
 fn end_io(mut bio: Bio, res: BlkResult) {

@@ -17,10 +17,11 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::sync::prim::thread::{self, JoinHandle};
+use crate::sync::prim::{OnceLock, survive};
 use crate::sync::{Condvar, Mutex, Rank, assert_may_wait};
 
 struct State<T> {
@@ -181,8 +182,7 @@ fn work<T>(inner: &Inner<T>) {
             worked = true;
             state.running += 1;
             drop(state);
-            let run = std::panic::AssertUnwindSafe(|| (inner.handle)(item));
-            if std::panic::catch_unwind(run).is_err() {
+            if !survive(|| (inner.handle)(item)) {
                 log::error!("{}: an item panicked", inner.name);
             }
             state = inner.state.lock_nested();
@@ -215,7 +215,7 @@ impl<T: Send + 'static> Drop for Workqueue<T> {
         };
         self.inner.work.notify_all();
         // The last owner may be an item of the queue itself; its thread ends after it.
-        let me = std::thread::current().id();
+        let me = thread::current().id();
         for thread in threads {
             if thread.thread().id() != me && thread.join().is_err() {
                 log::error!("{}: a thread panicked", self.inner.name);

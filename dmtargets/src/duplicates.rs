@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use blockstack::sync::{Mutex, Rank};
 use blockstack::{Bio, BlkError, BlkResult, Sector, Wait};
 
-use crate::mapped::{Live, finish};
+use crate::mapped::{Live, LiveRef, again, finish, requeue};
 
 /// As many bios, of those that one bio needs, as a set of duplicates has at most.
 const AT_ONCE: usize = 8;
@@ -57,7 +57,7 @@ struct Join {
 #[derive(Default)]
 struct JoinState {
     parent: Option<Bio>,
-    live: Option<Arc<Live>>,
+    live: Option<LiveRef>,
     over: Option<Over>,
     error: Option<BlkError>,
     requeue: bool,
@@ -66,7 +66,7 @@ struct JoinState {
 }
 
 /// What is done with the one when all its duplicates ended.
-pub(crate) type Over = fn(Arc<Live>, Bio, BlkResult);
+pub(crate) type Over = fn(LiveRef, Bio, BlkResult);
 
 /// Where duplicates come from and go to.
 pub(crate) trait Legs {
@@ -74,7 +74,7 @@ pub(crate) trait Legs {
     /// Allocates the `at`th; `None` only where none is free and `wait` is [`Wait::No`].
     fn alloc(&self, live: &Live, parent: &Bio, at: usize, wait: Wait) -> Option<Bio>;
     /// Sends the `at`th; `leg` is to end with it.
-    fn send(&self, live: &Arc<Live>, at: usize, bio: Bio, leg: Leg);
+    fn send(&self, live: &LiveRef, at: usize, bio: Bio, leg: Leg);
 }
 
 /// What a duplicate owes to the one it was made for. Where it is dropped the counter never reaches
@@ -108,14 +108,14 @@ impl Join {
         }
         let mut state = self.state.lock_nested();
         let (parent, live, over) = (state.parent.take(), state.live.take(), state.over.take());
-        let (error, requeue) = (state.error.take(), std::mem::take(&mut state.requeue));
+        let (error, anew) = (state.error.take(), std::mem::take(&mut state.requeue));
         drop(state);
         let (Some(parent), Some(live), Some(over)) = (parent, live, over) else {
             return;
         };
         live.duplicates().spare.lock_nested().push(self);
-        if requeue {
-            live.requeue(parent);
+        if anew {
+            requeue(live, parent);
         } else {
             over(live, parent, error.map_or(Ok(()), Err));
         }
@@ -181,7 +181,7 @@ impl Duplicates {
 }
 
 /// Sends all `legs` for `parent`; `over` gets it back when they ended.
-pub(crate) fn fan_out(live: &Arc<Live>, parent: Bio, legs: &impl Legs, over: Over) {
+pub(crate) fn fan_out(live: &LiveRef, parent: Bio, legs: &impl Legs, over: Over) {
     let duplicates = live.duplicates();
     let join = duplicates.join();
     let mut bios = std::mem::take(&mut join.state.lock_nested().bios);
@@ -193,7 +193,7 @@ pub(crate) fn fan_out(live: &Arc<Live>, parent: Bio, legs: &impl Legs, over: Ove
     join.left.store(bios.len() + 1, Ordering::Release);
     let mut state = join.state.lock_nested();
     state.parent = Some(parent);
-    state.live = Some(live.clone());
+    state.live = Some(again(live));
     state.over = Some(over);
     drop(state);
     for (nr, bio) in bios.drain(..).enumerate() {
@@ -221,7 +221,7 @@ impl Legs for RowLegs {
         Some(bio)
     }
 
-    fn send(&self, live: &Arc<Live>, _: usize, bio: Bio, leg: Leg) {
+    fn send(&self, live: &LiveRef, _: usize, bio: Bio, leg: Leg) {
         let row = &live.bound.rows[self.row];
         let sector = Sector::new(bio.sector().raw().saturating_sub(row.start.raw()));
         row.row.map_leg(live, self.row, sector, bio, leg);
@@ -229,6 +229,6 @@ impl Legs for RowLegs {
 }
 
 /// Sends `parent`, a discard or write-zeroes in the `row`th row of `live`, as `count` duplicates.
-pub(crate) fn map(live: &Arc<Live>, row: usize, count: usize, parent: Bio) {
+pub(crate) fn map(live: &LiveRef, row: usize, count: usize, parent: Bio) {
     fan_out(live, parent, &RowLegs { row, count }, finish);
 }

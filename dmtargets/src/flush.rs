@@ -10,7 +10,7 @@ use blockstack::{
 };
 
 use crate::duplicates::{self, Leg, Legs, set_size};
-use crate::mapped::{Live, finish, release};
+use crate::mapped::{Live, LiveRef, finish, release};
 use crate::table::TableRow;
 use crate::target::FlushRoute;
 
@@ -89,7 +89,7 @@ impl Legs for FlushPlan {
         }
     }
 
-    fn send(&self, live: &Arc<Live>, at: usize, mut bio: Bio, mut leg: Leg) {
+    fn send(&self, live: &LiveRef, at: usize, mut bio: Bio, mut leg: Leg) {
         if let Some(dev) = self.devices.get(at) {
             bio.set_dev(dev.clone(), Sector::ZERO);
             bio.set_end_io(flush_end);
@@ -105,7 +105,7 @@ impl Legs for FlushPlan {
 }
 
 /// Flushes everything below for `parent`, and then does its write where it has data.
-pub(crate) fn fan_out(live: &Arc<Live>, parent: Bio) {
+pub(crate) fn fan_out(live: &LiveRef, parent: Bio) {
     if live.bound.rows.is_empty() {
         parent.complete(Err(BlkError::NoDevice));
         return;
@@ -122,7 +122,7 @@ fn flush_end(mut bio: Bio, res: BlkResult) {
 }
 
 /// The flush for `parent` is over.
-fn flushed(live: Arc<Live>, mut parent: Bio, res: BlkResult) {
+fn flushed(live: LiveRef, mut parent: Bio, res: BlkResult) {
     if res.is_err() || parent.is_empty() {
         finish(live, parent, res);
         return;

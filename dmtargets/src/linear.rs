@@ -22,6 +22,7 @@ impl Linear {
 impl Target for Linear {
     const NAME: &'static str = "linear";
     type PerBio = ();
+    const SENDS_ON: bool = true;
 
     fn new(args: &mut Args<'_>, cx: &TableCx<'_>) -> Result<Self, CtrError> {
         let dev = cx.open(args.word("device")?)?;

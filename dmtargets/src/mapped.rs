@@ -1,8 +1,10 @@
 //! A device made of a table.
 //!
-//! The live table hangs on one atomic pointer: a bio takes a reference, and that reference, kept
-//! until the bio has ended, is also what a suspend waits for. A suspended device has the same table
-//! under another pointer, marked as not running; its bios are deferred until the next resume.
+//! The live table hangs on one atomic pointer: a bio takes a guard of it, which the thread notes
+//! where no other thread writes, and that guard, kept until the bio has ended, is also what a
+//! suspend waits for: the exchange of the pointer turns guards into counted references. A suspended
+//! device has the same table under another pointer, marked as not running; its bios are deferred
+//! until the next resume.
 //!
 //! # Forward progress
 //!
@@ -100,13 +102,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use blockstack::device::Stats;
 use blockstack::sync::{Condvar, Mutex, Rank, assert_may_wait};
 use blockstack::units::SECTOR_SHIFT;
 use blockstack::{
-    Bio, BioFlags, BioSet, BlkError, BlkResult, BlockDevice, DynDevice, Limits, OnceWorkqueue, Op,
-    Sector, SectorCount, Wait, Workqueue, submit_bio,
+    Bio, BioFlags, BioSet, BlkError, BlkResult, BlockDevice, Bounds, DynDevice, Limits,
+    OnceWorkqueue, Op, Sector, SectorCount, Wait, Workqueue, submit_bio,
 };
 
 use crate::args::{Args, CtrError};
@@ -227,6 +229,7 @@ impl Bound {
     }
 
     /// How many duplicates the row wants of a bio.
+    #[inline]
     fn duplicates(&self, at: usize, op: Op) -> usize {
         if op.has_data() {
             return 1;
@@ -262,6 +265,14 @@ pub(crate) struct Live {
     gate: Arc<Gate>,
 }
 
+/// A table that cannot go away, and for which a suspend waits.
+pub(crate) type LiveRef = Guard<Arc<Live>>;
+
+/// A second reference.
+pub(crate) fn again(live: &LiveRef) -> LiveRef {
+    Guard::from_inner(Arc::clone(live))
+}
+
 impl Live {
     pub(crate) fn row(&self, at: usize) -> Option<&dyn Row> {
         self.bound.rows.get(at).map(|row| row.row.as_ref())
@@ -269,15 +280,6 @@ impl Live {
 
     pub(crate) fn duplicates(&self) -> &Duplicates {
         &self.gate.duplicates
-    }
-
-    /// Holds `parent` until the next resume.
-    pub(crate) fn requeue(self: Arc<Self>, mut parent: Bio) {
-        // A piece of a longer bio: others, whom the suspend before that resume waits for, may wait
-        // for its place.
-        self.gate.pieces.disown(&mut parent);
-        self.gate.deferred.lock_nested().push_back(parent);
-        release(self);
     }
 
     /// Submits a write whose flush is over, from a context that may wait for a clone.
@@ -302,6 +304,15 @@ impl Live {
 #[cfg(test)]
 static ALL_WRITES: OnceWorkqueue<Bio> = OnceWorkqueue::new();
 
+/// Holds `parent`, which was on its way under `live`, until the next resume.
+pub(crate) fn requeue(live: LiveRef, mut parent: Bio) {
+    // A piece of a longer bio: others, whom the suspend before that resume waits for, may wait for
+    // its place.
+    live.gate.pieces.disown(&mut parent);
+    live.gate.deferred.lock_nested().push_back(parent);
+    release(live);
+}
+
 /// What a device keeps whatever its table.
 struct Gate {
     /// Of a stopped device: what came, and what is to be mapped anew.
@@ -317,12 +328,14 @@ struct Gate {
 }
 
 /// Ends `parent`, which was on its way under `live`.
-pub(crate) fn finish(live: Arc<Live>, parent: Bio, res: BlkResult) {
+#[inline]
+pub(crate) fn finish(live: LiveRef, parent: Bio, res: BlkResult) {
     parent.complete(res);
     release(live);
 }
 
-pub(crate) fn release(live: Arc<Live>) {
+#[inline]
+pub(crate) fn release(live: LiveRef) {
     let draining = live.gate.draining.load(Ordering::SeqCst);
     let gate = draining.then(|| live.gate.clone());
     drop(live);
@@ -336,6 +349,9 @@ pub struct MappedDevice {
     name: String,
     live: ArcSwap<Live>,
     gate: Arc<Gate>,
+    /// Of the live table, for a look at every bio: sectors, and limits as [`pack`] puts them.
+    capacity: AtomicU64,
+    bounds: AtomicU64,
     sets: Sets,
     events: Arc<Events>,
     /// One administrative call at a time; holds the table that was loaded and is not live. Those
@@ -372,14 +388,16 @@ impl MappedDevice {
             duplicates: Duplicates::new(),
             writes: OnceWorkqueue::new(),
         });
-        let live = Live {
-            bound: Arc::new(Bound::new(table, &sets, &events)?),
-            running: true,
-            gate: gate.clone(),
-        };
+        let bound = Arc::new(Bound::new(table, &sets, &events)?);
         Ok(Arc::new(Self {
             name: name.to_owned(),
-            live: ArcSwap::from_pointee(live),
+            capacity: AtomicU64::new(bound.capacity().raw()),
+            bounds: AtomicU64::new(pack(&bound.limits)),
+            live: ArcSwap::from_pointee(Live {
+                bound,
+                running: true,
+                gate: gate.clone(),
+            }),
             gate,
             sets,
             events,
@@ -433,11 +451,16 @@ impl MappedDevice {
         }
         drop(deferred);
         self.gate.draining.store(false, Ordering::SeqCst);
+        self.sets.forget_devices();
         before.and(tell(&bound, Event::Postsuspend))
     }
 
     /// Makes a table the live one; gives back what was live.
     fn enter(&self, bound: Arc<Bound>, running: bool) -> Arc<Live> {
+        // Bios that were held against the numbers of before are found out by the rows.
+        let capacity = bound.capacity().raw();
+        self.capacity.store(capacity, Ordering::Relaxed);
+        self.bounds.store(pack(&bound.limits), Ordering::Relaxed);
         let live = Arc::new(Live {
             bound,
             running,
@@ -524,7 +547,7 @@ impl MappedDevice {
     /// # Errors
     /// The target's, or where there is none.
     pub fn message(&self, sector: Sector, text: &str) -> Result<String, CtrError> {
-        let live = self.live.load_full();
+        let live = self.live.load();
         let words: Vec<&str> = text.split_ascii_whitespace().collect();
         let row = live.bound.find(sector).and_then(|at| live.row(at));
         let answer = match row {
@@ -557,41 +580,62 @@ impl MappedDevice {
         self.live.load().bound.flush.below().to_vec()
     }
 
-    fn process(&self, live: &Arc<Live>, mut bio: Bio) {
+    #[inline]
+    fn process(&self, live: LiveRef, mut bio: Bio) -> Option<Bio> {
         let bound = &live.bound;
         let flushes = bio.op() == Op::Flush
             || bio.is_empty()
             || (bio.flags().contains(BioFlags::PREFLUSH) && !bound.flush.may_ride());
         if flushes {
-            crate::flush::fan_out(live, bio);
-            return;
+            crate::flush::fan_out(&live, bio);
+            return None;
         }
         let Some(at) = bound.find(bio.sector()) else {
             bio.complete(Err(BlkError::OutOfRange));
-            return;
+            return None;
         };
         let front = bound.front(at, &bio);
+        if front < bio.len().raw() {
+            bio = self.split(&live, front, bio)?;
+        }
+        let legs = bound.duplicates(at, bio.op());
+        if legs > 1 {
+            duplicates::map(&live, at, legs, bio);
+            return None;
+        }
+        let row = &bound.rows[at];
+        let mapped = row.row.map(&live, at, row.start, bio)?;
+        Some(mapped.told(live, at))
+    }
+
+    /// Cuts the front off and submits the rest.
+    #[cold]
+    #[cfg_attr(
+        not(test),
+        expect(unused_variables, reason = "a test maps all at once")
+    )]
+    fn split(&self, live: &LiveRef, front: u64, mut bio: Bio) -> Option<Bio> {
         if front == 0 {
             bio.complete(Err(BlkError::NotSupported));
-            return;
+            return None;
         }
-        if front < bio.len().raw() {
-            let piece = bio.split(SectorCount::new(front), &self.gate.pieces, Wait::Yes);
-            let Some(piece) = piece else {
-                bio.complete(Err(BlkError::NoMemory));
-                return;
-            };
-            #[cfg(test)]
-            if !self.gate.duplicates.has(Cure::DepthFirst) {
-                send(live, at, piece);
-                self.process(live, bio);
-                return;
+        let piece = bio.split(SectorCount::new(front), &self.gate.pieces, Wait::Yes);
+        let Some(piece) = piece else {
+            bio.complete(Err(BlkError::NoMemory));
+            return None;
+        };
+        #[cfg(test)]
+        if !self.gate.duplicates.has(Cure::DepthFirst) {
+            for bio in [piece, bio] {
+                self.process(again(live), bio)
+                    .into_iter()
+                    .for_each(submit_bio);
             }
-            // Onto the thread's list, behind what the front sends down.
-            submit_bio(bio);
-            bio = piece;
+            return None;
         }
-        send(live, at, bio);
+        // Onto the thread's list, behind what the front sends down.
+        submit_bio(bio);
+        Some(piece)
     }
 
     fn defer(&self, bio: Bio) -> Option<Bio> {
@@ -604,15 +648,13 @@ impl MappedDevice {
     }
 }
 
-/// Has the row `at` map `bio`, which lies in it.
-fn send(live: &Arc<Live>, at: usize, bio: Bio) {
-    match live.bound.duplicates(at, bio.op()) {
-        1 => {
-            let row = &live.bound.rows[at];
-            row.row.map(live, at, row.start, bio);
-        }
-        count => duplicates::map(live, at, count, bio),
-    }
+/// In what [`pack`] gives.
+const READ_ONLY: u64 = 1 << 32;
+
+/// Block size and [`READ_ONLY`] in one word.
+fn pack(limits: &Limits) -> u64 {
+    let read_only = if limits.read_only { READ_ONLY } else { 0 };
+    u64::from(limits.logical_block_size) | read_only
 }
 
 fn tell(bound: &Bound, event: Event) -> BlkResult {
@@ -640,19 +682,31 @@ impl BlockDevice for MappedDevice {
         &self.stats
     }
 
-    fn submit(&self, mut bio: Bio) {
+    #[inline]
+    fn bounds(&self) -> Bounds {
+        let packed = self.bounds.load(Ordering::Relaxed);
+        Bounds {
+            capacity: SectorCount::new(self.capacity.load(Ordering::Relaxed)),
+            logical_block_size: packed as u32,
+            read_only: packed & READ_ONLY != 0,
+        }
+    }
+
+    fn submit(&self, bio: Bio) {
+        if let Some(on) = self.forward(bio) {
+            submit_bio(on);
+        }
+    }
+
+    fn forward(&self, mut bio: Bio) -> Option<Bio> {
         loop {
             // A guard, not a count: a suspend that swaps the pointer makes it one.
             let live = self.live.load();
             if live.running {
-                self.process(&live, bio);
-                return;
+                return self.process(live, bio);
             }
             drop(live);
-            match self.defer(bio) {
-                None => return,
-                Some(again) => bio = again,
-            }
+            bio = self.defer(bio)?;
         }
     }
 }

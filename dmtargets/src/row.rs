@@ -3,22 +3,35 @@
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
 use blockstack::sync::{Mutex, Rank};
 use blockstack::{Bio, BioSet, BlkError, BlkResult, Limits, Op, Sector, Wait, submit_bio};
 
 use crate::args::{Args, CtrError};
 use crate::duplicates::{Leg, set_size};
-use crate::mapped::{Live, finish};
-use crate::target::{DevRange, DmBio, Event, FlushRoute, MapResult, TableCx, Target, Tio};
+use crate::mapped::{LiveRef, again, finish, requeue};
+use crate::target::{
+    DevRange, DmBio, Event, FlushRoute, LegOrigin, MapResult, Origin, TableCx, Target, Tio,
+};
+
+/// A set of any pad.
+trait Pool: Any + Send + Sync {
+    fn forget_devices(&self);
+}
+
+impl<P: Default + Send + 'static> Pool for BioSet<Tio<P>> {
+    fn forget_devices(&self) {
+        BioSet::forget_devices(self);
+    }
+}
 
 /// The sets of a mapped device: one for each kind of front pad. They outlive its tables, and have no
 /// rescuers; see [`mapped`](crate::mapped#forward-progress).
 pub(crate) struct Sets {
     name: String,
     pub(crate) limit: usize,
-    by_pad: Mutex<HashMap<TypeId, Box<dyn Any + Send + Sync>>>,
+    by_pad: Mutex<HashMap<TypeId, Box<dyn Pool>>>,
 }
 
 impl Sets {
@@ -34,11 +47,18 @@ impl Sets {
         let mut by_pad = self.by_pad.lock_nested();
         let there = by_pad
             .entry(TypeId::of::<P>())
-            .or_insert_with(|| Box::new(BioSet::<Tio<P>>::without_rescuer(&self.name, self.limit)));
+            .or_insert_with(|| Box::new(BioSet::<Tio<P>>::keeping_devices(&self.name, self.limit)));
+        let there: &dyn Any = there.as_ref();
         match there.downcast_ref::<BioSet<Tio<P>>>() {
             Some(set) => set.clone(),
             None => unreachable!("a set is entered under the type of its pad"),
         }
+    }
+
+    /// Lets go of the devices below that free clones still name.
+    pub(crate) fn forget_devices(&self) {
+        let by_pad = self.by_pad.lock_nested();
+        by_pad.values().for_each(|set| set.forget_devices());
     }
 }
 
@@ -55,16 +75,41 @@ pub(crate) trait Row: Any + Send + Sync {
     /// Gives the row the sets of its device.
     fn bind(&self, sets: &Sets);
     /// Clones `parent`, which lies in the row that begins at `start` and is the `row`th of `live`,
-    /// and sends the clone on its way.
-    fn map(&self, live: &Arc<Live>, row: usize, start: Sector, parent: Bio);
+    /// and sends the clone on its way, or gives it back for the caller to do that.
+    fn map(&self, live: &LiveRef, row: usize, start: Sector, parent: Bio) -> Option<Mapped>;
+    /// Takes a clone that has ended, and says what its parent ends with.
+    fn end(&self, clone: Bio, res: BlkResult) -> BlkResult;
     /// Allocates one of several duplicates.
     fn leg(&self, op: Op, wait: Wait) -> Option<Bio>;
     /// Sends a duplicate, of [`Self::leg`], on its way; it begins at `sector` of the row, which is
     /// the `row`th of `live`.
-    fn map_leg(&self, live: &Arc<Live>, row: usize, sector: Sector, bio: Bio, leg: Leg);
+    fn map_leg(&self, live: &LiveRef, row: usize, sector: Sector, bio: Bio, leg: Leg);
+    /// Takes the duplicate `nr` that has ended, and says what it ends with.
+    fn end_leg(&self, bio: Bio, nr: usize, res: BlkResult) -> BlkResult;
     /// Threads that wait for a clone.
     #[cfg(test)]
     fn waiting(&self) -> usize;
+}
+
+/// A mapped clone that has to be told whose it is.
+pub(crate) struct Mapped {
+    clone: Bio,
+    parent: Bio,
+    tell: fn(&mut Bio, Bio, LiveRef, usize),
+}
+
+impl Mapped {
+    /// The clone, with the reference of its parent to the table.
+    #[inline]
+    pub(crate) fn told(self, live: LiveRef, row: usize) -> Bio {
+        let Self {
+            mut clone,
+            parent,
+            tell,
+        } = self;
+        tell(&mut clone, parent, live, row);
+        clone
+    }
 }
 
 pub(crate) struct Typed<T: Target> {
@@ -154,58 +199,95 @@ impl<T: Target> Row for Typed<T> {
         }
     }
 
-    fn map(&self, live: &Arc<Live>, row: usize, start: Sector, parent: Bio) {
-        let clone = self
-            .set
-            .get()
-            .and_then(|set| set.alloc(parent.op(), Wait::Yes));
+    fn map(&self, live: &LiveRef, row: usize, start: Sector, parent: Bio) -> Option<Mapped> {
+        let set = self.set.get();
+        let clone = set.and_then(|set| set.alloc(parent.op(), Wait::Yes));
         let Some(mut clone) = clone else {
             parent.complete(Err(BlkError::NoMemory));
-            return;
+            return None;
         };
         clone.clone_from_parent(&parent);
-        clone.set_end_io(clone_end::<T>);
+        clone.set_end_io(clone_end::<T::PerBio>);
         let sector = Sector::new(parent.sector().raw().saturating_sub(start.raw()));
-        let tio = clone.pad_mut::<Tio<T::PerBio>>();
-        tio.parent = Some(parent);
-        tio.live = Some(live.clone());
-        tio.row = row;
+        if T::SENDS_ON {
+            return match self.target.map(DmBio::new(clone, sector)) {
+                MapResult::Remapped(DmBio { bio: clone, .. }) => Some(Mapped {
+                    clone,
+                    parent,
+                    tell: tell::<T::PerBio>,
+                }),
+                MapResult::Requeue(_) => {
+                    requeue(again(live), parent);
+                    None
+                }
+                MapResult::Taken => {
+                    debug_assert!(false, "{} kept a bio", T::NAME);
+                    parent.complete(Err(BlkError::Io));
+                    None
+                }
+            };
+        }
+        // It may end, on another thread, before `map` returns.
+        let live = again(live);
+        tell::<T::PerBio>(&mut clone, parent, live, row);
         match self.target.map(DmBio::new(clone, sector)) {
             MapResult::Remapped(bio) => submit_bio(bio.bio),
             MapResult::Taken => {}
             MapResult::Requeue(mut bio) => {
-                let tio = bio.bio.pad_mut::<Tio<T::PerBio>>();
-                if let (Some(parent), Some(live)) = (tio.parent.take(), tio.live.take()) {
-                    drop(bio);
-                    live.requeue(parent);
+                let origin = bio.bio.pad_mut::<Tio<T::PerBio>>().origin.take();
+                drop(bio);
+                if let Some(Origin { parent, live, .. }) = origin {
+                    requeue(live, parent);
                 }
             }
         }
+        None
+    }
+
+    #[inline]
+    fn end(&self, clone: Bio, res: BlkResult) -> BlkResult {
+        let sector = clone.sector();
+        let mut bio = DmBio::new(clone, sector);
+        let res = self.target.end_io(&mut bio, res);
+        if size_of::<T::PerBio>() > 0 {
+            *bio.data_mut() = T::PerBio::default();
+        }
+        match self.set.get() {
+            Some(set) => set.give_back(bio.bio),
+            None => drop(bio),
+        }
+        res
     }
 
     fn leg(&self, op: Op, wait: Wait) -> Option<Bio> {
         self.legs.get()?.alloc(op, wait)
     }
 
-    fn map_leg(&self, live: &Arc<Live>, row: usize, sector: Sector, mut bio: Bio, leg: Leg) {
-        bio.set_end_io(leg_end::<T>);
+    fn map_leg(&self, live: &LiveRef, row: usize, sector: Sector, mut bio: Bio, leg: Leg) {
+        bio.set_end_io(leg_end::<T::PerBio>);
         let nr = leg.nr;
-        let tio = bio.pad_mut::<Tio<T::PerBio>>();
-        tio.leg = Some(leg);
-        tio.live = Some(live.clone());
-        tio.row = row;
+        bio.pad_mut::<Tio<T::PerBio>>().leg = Some(LegOrigin {
+            live: again(live),
+            leg,
+            row,
+        });
         match self.target.map(DmBio::leg(bio, sector, nr)) {
             MapResult::Remapped(bio) => submit_bio(bio.bio),
             MapResult::Taken => {}
             MapResult::Requeue(mut bio) => {
-                let tio = bio.bio.pad_mut::<Tio<T::PerBio>>();
-                let leg = tio.leg.take();
+                let origin = bio.bio.pad_mut::<Tio<T::PerBio>>().leg.take();
                 drop(bio);
-                if let Some(leg) = leg {
+                if let Some(LegOrigin { leg, .. }) = origin {
                     leg.requeue();
                 }
             }
         }
+    }
+
+    fn end_leg(&self, bio: Bio, nr: usize, res: BlkResult) -> BlkResult {
+        let sector = bio.sector();
+        let mut bio = DmBio::leg(bio, sector, nr);
+        self.target.end_io(&mut bio, res)
     }
 
     #[cfg(test)]
@@ -214,41 +296,41 @@ impl<T: Target> Row for Typed<T> {
     }
 }
 
-fn leg_end<T: Target>(mut bio: Bio, res: BlkResult) {
-    let tio = bio.pad_mut::<Tio<T::PerBio>>();
-    let (Some(leg), Some(live), row) = (tio.leg.take(), tio.live.take(), tio.row) else {
+fn leg_end<P: Default + Send + 'static>(mut bio: Bio, res: BlkResult) {
+    let Some(LegOrigin { leg, live, row }) = bio.pad_mut::<Tio<P>>().leg.take() else {
         return;
     };
-    let sector = bio.sector();
-    let mut bio = DmBio::leg(bio, sector, leg.nr);
-    let typed: Option<&Typed<T>> = live
-        .row(row)
-        .and_then(|row| (row as &dyn Any).downcast_ref());
-    let res = match typed {
-        Some(typed) => typed.target.end_io(&mut bio, res),
-        None => res,
+    let res = match live.row(row) {
+        Some(row) => row.end_leg(bio, leg.nr, res),
+        None => {
+            drop(bio);
+            res
+        }
     };
-    drop(bio);
     // The one that has all legs tells a suspend.
     drop(live);
     leg.end(res);
 }
 
-fn clone_end<T: Target>(mut clone: Bio, res: BlkResult) {
-    let tio = clone.pad_mut::<Tio<T::PerBio>>();
-    let (Some(parent), Some(live), row) = (tio.parent.take(), tio.live.take(), tio.row) else {
+fn tell<P: Default + Send + 'static>(clone: &mut Bio, parent: Bio, live: LiveRef, row: usize) {
+    let told = &mut clone.pad_mut::<Tio<P>>().origin;
+    debug_assert!(told.is_none(), "a clone of two bios");
+    if told.is_none() {
+        *told = Some(Origin { parent, live, row });
+    }
+}
+
+fn clone_end<P: Default + Send + 'static>(mut clone: Bio, res: BlkResult) {
+    let Some(Origin { parent, live, row }) = clone.pad_mut::<Tio<P>>().origin.take() else {
         return;
     };
-    let sector = clone.sector();
-    let mut bio = DmBio::new(clone, sector);
-    let typed: Option<&Typed<T>> = live
-        .row(row)
-        .and_then(|row| (row as &dyn Any).downcast_ref());
-    let res = match typed {
-        Some(typed) => typed.target.end_io(&mut bio, res),
-        None => res,
-    };
     // The clone names the parent's memory, so it goes first.
-    drop(bio);
+    let res = match live.row(row) {
+        Some(row) => row.end(clone, res),
+        None => {
+            drop(clone);
+            res
+        }
+    };
     finish(live, parent, res);
 }

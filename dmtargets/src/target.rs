@@ -4,11 +4,11 @@ use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
 
-use blockstack::{Bio, BioFlags, BlkResult, DynDevice, Limits, Op, Sector, SectorCount};
+use blockstack::{Bio, BioFlags, BlkResult, DynDevice, Lanes, Limits, Op, Sector, SectorCount};
 
 pub use crate::args::{Args, CtrError};
 use crate::duplicates::Leg;
-use crate::mapped::Live;
+use crate::mapped::LiveRef;
 
 /// Maps the bios of one row of a table. The core splits, clones, checks ranges, fans flushes and
 /// discards out, stacks limits, prints; a target only says where a bio goes.
@@ -17,6 +17,10 @@ pub trait Target: Send + Sync + Sized + 'static {
     const NAME: &'static str;
     /// Lives in the clone's front pad; `()` when unused.
     type PerBio: Default + Send + 'static;
+    /// Whether [`Self::map`] gives back every bio it gets, remapped or to be requeued, and neither
+    /// keeps nor ends one, unless it is one of several [duplicates](Self::duplicates). Such a bio
+    /// costs a reference to the table less.
+    const SENDS_ON: bool = false;
 
     /// Parses the words after the name. Not on the I/O path: may read metadata.
     ///
@@ -125,7 +129,7 @@ pub enum Event {
 /// A range of a lower device.
 #[derive(Clone)]
 pub struct DevRange {
-    dev: DynDevice,
+    dev: Lanes,
     start: Sector,
     len: SectorCount,
 }
@@ -146,13 +150,14 @@ impl DevRange {
                 capacity,
             });
         }
+        let dev = Lanes::new(&dev);
         Ok(Self { dev, start, len })
     }
 
     /// The device.
     #[must_use]
     pub fn dev(&self) -> &DynDevice {
-        &self.dev
+        self.dev.dev()
     }
 
     /// Its first sector.
@@ -270,27 +275,28 @@ impl Notifier {
     }
 }
 
-/// What the core keeps with each clone.
-pub(crate) struct Tio<P> {
-    pub(crate) parent: Option<Bio>,
-    /// Of a duplicate, in place of the parent.
-    pub(crate) leg: Option<Leg>,
+/// Whose clone a clone is.
+pub(crate) struct Origin {
+    pub(crate) parent: Bio,
     /// Keeps the table, and tells a suspend that this bio is on its way.
-    pub(crate) live: Option<Arc<Live>>,
+    pub(crate) live: LiveRef,
     pub(crate) row: usize,
-    pub(crate) data: P,
 }
 
-impl<P: Default> Default for Tio<P> {
-    fn default() -> Self {
-        Self {
-            parent: None,
-            leg: None,
-            live: None,
-            row: 0,
-            data: P::default(),
-        }
-    }
+/// What a duplicate is one of several of.
+pub(crate) struct LegOrigin {
+    pub(crate) live: LiveRef,
+    pub(crate) leg: Leg,
+    pub(crate) row: usize,
+}
+
+/// What the core keeps with each clone.
+#[derive(Default)]
+pub(crate) struct Tio<P> {
+    pub(crate) origin: Option<Origin>,
+    /// Of a duplicate, in place of the origin.
+    pub(crate) leg: Option<LegOrigin>,
+    pub(crate) data: P,
 }
 
 /// A clone of a bio, in the hands of a target. A drop ends it with an error, as of any bio.
@@ -302,10 +308,12 @@ pub struct DmBio<P = ()> {
 }
 
 impl<P: Default + Send + 'static> DmBio<P> {
+    #[inline]
     pub(crate) fn new(bio: Bio, sector: Sector) -> Self {
         Self::leg(bio, sector, 0)
     }
 
+    #[inline]
     pub(crate) fn leg(bio: Bio, sector: Sector, nr: usize) -> Self {
         Self {
             bio,
@@ -372,7 +380,7 @@ impl<P: Default + Send + 'static> DmBio<P> {
             self.len()
         );
         self.sector = Sector::new(range.start.raw() + offset.raw());
-        self.bio.set_dev(range.dev.clone(), self.sector);
+        self.bio.set_lane(&range.dev, self.sector);
     }
 
     /// As [`Self::remap_to`], with the length that the device is to get: for a discard or

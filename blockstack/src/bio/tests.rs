@@ -226,3 +226,26 @@ fn a_bio_sent_on_is_no_longer_in_flight_above() {
         (0, 1)
     );
 }
+
+#[test]
+fn a_piece_that_was_never_submitted_is_back_before_its_owner_hears() {
+    type Seen = Arc<Mutex<Option<usize>>>;
+    #[derive(Default)]
+    struct Pieces(Option<(BioSet<()>, Seen)>);
+    fn end(mut bio: Bio, _: BlkResult) {
+        let (pieces, seen) = bio.pad_mut::<Pieces>().0.take().unwrap();
+        *seen.lock() = Some(pieces.in_use());
+    }
+    let pieces = BioSet::<()>::new("pieces", 1);
+    let seen = Arc::default();
+    let set = BioSet::<Pieces>::new("test", 1);
+    let mut bio = set.alloc(Op::Discard, Wait::Yes).unwrap();
+    bio.set_len(SectorCount::new(2));
+    bio.set_end_io(end);
+    bio.pad_mut::<Pieces>().0 = Some((pieces.clone(), Arc::clone(&seen)));
+    let piece = bio.split(SectorCount::new(1), &pieces, Wait::Yes).unwrap();
+    bio.complete(Ok(()));
+    drop(piece);
+    // An owner that takes another piece here would wait for the one that just ended.
+    assert_eq!(*seen.lock(), Some(0));
+}

@@ -35,6 +35,7 @@ use std::sync::{Arc, Weak};
 use crate::backend::mem::Image;
 use crate::bio::{Bio, BioFlags, Op};
 use crate::device::{BlockDevice, Limits, Stats};
+use crate::sync::prim::thread;
 use crate::sync::{Condvar, Mutex, Rank};
 use crate::units::{SECTOR_SIZE, SectorCount};
 
@@ -242,7 +243,7 @@ impl CrashDisk {
         });
         if timing != Timing::AtOnce {
             let weak = Arc::downgrade(&disk.inner);
-            std::thread::spawn(move || shuffle(&weak));
+            thread::spawn(move || shuffle(&weak));
         }
         disk
     }
@@ -426,7 +427,7 @@ fn shuffle(inner: &Weak<Inner>) {
         // Now and then wait for company, so that there is something to shuffle.
         if count < 4 && state.random.below(4) != 0 {
             drop(state);
-            std::thread::yield_now();
+            thread::yield_now();
             state = inner.state.lock();
         }
         let job = state.in_flight.swap_remove(chosen);

@@ -1,12 +1,12 @@
 //! A device that tells of the start and the end of each bio and passes it on.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Ended, Forward};
 use crate::bio::{Bio, BioFlags, Op};
 use crate::device::{BlockDevice, DynDevice, Limits, Stats};
 use crate::error::BlkResult;
+use crate::sync::prim::atomic::{AtomicU64, Ordering};
 use crate::units::{Sector, SectorCount};
 
 /// What a bio asked for.

@@ -52,7 +52,7 @@ fn lates(count: u64) -> (Vec<Arc<Late>>, Vec<DynDevice>) {
 
 /// Threads that wait for bios of `mapped`, or for a lock of its targets, and writes for threads.
 fn waiting(mapped: &MappedDevice) -> usize {
-    let live = mapped.live.load_full();
+    let live = mapped.live.load();
     let rows = live.bound.rows.iter();
     let for_bios: usize = rows.map(|row| row.row.waiting()).sum();
     super::release(live);
