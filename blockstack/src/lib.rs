@@ -20,7 +20,7 @@
 //! | --- | --- |
 //! | [`units`] | sectors and lengths |
 //! | [`error`] | the code that ends a bio |
-//! | [`sync`] | locks with ranks, the hook that hears of waits |
+//! | [`sync`] | locks with ranks, the hook that hears of waits, what both are made of |
 //! | [`buf`] | aligned memory |
 //! | [`bio`], [`bio_set`] | the unit of I/O and its pools |
 //! | [`submit`] | recursion turned into iteration |

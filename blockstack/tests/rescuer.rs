@@ -1,5 +1,6 @@
 //! Progress with bounded memory: the cases of "Avoid deadlocks with bio allocation by stacking
-//! drivers", with real threads. `shuttle.rs` holds the models of the same.
+//! drivers", with real threads. `shuttle.rs` holds the models of the same. `FUSEFS_STACK_LONG=1`
+//! goes round more often.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
 mod splitter;
@@ -147,8 +148,13 @@ impl BlockDevice for Late {
     }
 }
 
+fn is_long() -> bool {
+    std::env::var_os("FUSEFS_STACK_LONG").is_some()
+}
+
 /// Fails loudly where a deadlock would hang the whole run.
 fn within(limit: Duration, what: impl FnOnce() + Send + 'static) {
+    let limit = if is_long() { limit * 30 } else { limit };
     let (done, over) = channel();
     let thread = std::thread::spawn(move || {
         what();
@@ -162,10 +168,11 @@ fn within(limit: Duration, what: impl FnOnce() + Send + 'static) {
 
 /// Every thread writes its region, reads it back, and compares.
 fn hammer(top: &DynDevice, seed: u64) -> Vec<u8> {
+    let rounds = if is_long() { 50 } else { 2 };
     let submit = |thread: u64| {
         let mut random = Random(seed << 8 | thread);
         let mut model = vec![0; usize::try_from(REGION).unwrap() * 512];
-        for _ in 0..2 {
+        for _ in 0..rounds {
             let len = 17 + random.below(17);
             let skip = random.below(REGION - len + 1);
             let at = usize::try_from(skip).unwrap() * 512;
@@ -260,10 +267,10 @@ fn devices_that_need_a_rescuer_stand_among_those_that_do_not() {
         let late = Late::start(SUBMITTERS * REGION, 77);
         let mut top: DynDevice = late.0.clone();
         for (chunk, style, rescue) in [
-            (4, Style::Greedy, Rescue::OnDemand),
-            (6, Style::OneAtATime, Rescue::Never),
-            (8, Style::Greedy, Rescue::Ready),
-            (5, Style::OneAtATime, Rescue::OnDemand),
+            (2, Style::Greedy, Rescue::OnDemand),
+            (8, Style::OneAtATime, Rescue::Never),
+            (5, Style::Greedy, Rescue::Ready),
+            (20, Style::OneAtATime, Rescue::OnDemand),
         ] {
             top = Splitter::new(vec![top], chunk, style, Pools::new(1, rescue));
         }
