@@ -3,6 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use blockstack::device::Stats;
 use blockstack::sync::{Condvar, Mutex, Rank, mark_completion_thread};
@@ -64,6 +65,8 @@ pub(super) struct Late {
 }
 
 pub(super) const SECTORS: u64 = 4096;
+/// How long a bio may wait for others to be shuffled with.
+const COMPANY: Duration = Duration::from_micros(50);
 
 impl Late {
     pub(super) fn new(name: &str, seed: u64) -> Arc<Self> {
@@ -105,10 +108,10 @@ fn reap(inner: &Weak<Inner>) {
             }
             inner.work.wait(&mut state);
         }
-        // Now and then wait for company, so that there is something to shuffle.
-        if state.in_flight.len() < 4 && state.below(2) == 0 {
-            drop(state);
-            std::thread::yield_now();
+        // Now and then wait for company, so that there is something to shuffle. Not by yielding:
+        // on a loaded machine that lasts.
+        if state.in_flight.len() < 4 && state.below(16) == 0 {
+            inner.work.wait_for(&mut state, COMPANY);
             continue;
         }
         let bio = state.run_any();
