@@ -194,14 +194,19 @@ impl Core {
     fn recycle(&mut self) {
         self.flags = BioFlags::empty();
         self.split = false;
+        self.sector = Sector::ZERO;
         self.len = SectorCount::ZERO;
         self.named = false;
         if !self.keeps_dev {
             self.dev = None;
         }
         self.end_io = no_end_io;
-        self.segments.clear();
-        self.bufs.clear();
+        if !self.segments.is_empty() {
+            self.segments.clear();
+        }
+        if !self.bufs.is_empty() {
+            self.bufs.clear();
+        }
         self.started = None;
     }
 }
@@ -482,14 +487,31 @@ impl Bio {
             .expect("pad of the type of the bio's set")
     }
 
-    /// Makes this bio, fresh from a stacking device's set, name the same range, flags and memory as
-    /// `parent`, which the caller must then keep in this bio's pad until it ended.
-    pub fn clone_from_parent(&mut self, parent: &Self) {
+    /// As [`Self::pad_mut`], to look at.
+    ///
+    /// # Panics
+    /// As [`Self::pad_mut`].
+    #[expect(
+        clippy::expect_used,
+        reason = "set and end_io are chosen together by the owner"
+    )]
+    #[must_use]
+    pub fn pad<P: Pad>(&self) -> &P {
+        let node = self.0.as_ref().expect("a live bio has its node");
+        let pad: &dyn Any = node.pad.as_ref();
+        pad.downcast_ref()
+            .expect("pad of the type of the bio's set")
+    }
+
+    /// Makes this bio, fresh from a stacking device's set, name the same length, flags and memory as
+    /// `parent`, which the caller must then keep in this bio's pad until it ended; `sector` is where
+    /// it begins in whatever the caller counts from until it names a device.
+    pub fn clone_from_parent(&mut self, parent: &Self, sector: Sector) {
         let from = parent.core();
         let core = self.core_mut();
         core.op = from.op;
         core.flags = from.flags;
-        core.sector = from.sector;
+        core.sector = sector;
         core.len = from.len;
         debug_assert!(core.segments.is_empty(), "a clone is fresh from its set");
         match from.segments.as_slice() {

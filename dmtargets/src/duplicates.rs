@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use blockstack::sync::{Mutex, Rank};
-use blockstack::{Bio, BlkError, BlkResult, Sector, Wait};
+use blockstack::{Bio, BlkError, BlkResult, Wait};
 
 use crate::mapped::{Live, LiveRef, again, finish};
 
@@ -216,15 +216,15 @@ impl Legs for RowLegs {
     }
 
     fn alloc(&self, live: &Live, parent: &Bio, _: usize, wait: Wait) -> Option<Bio> {
-        let mut bio = live.row(self.row)?.leg(parent.op(), wait)?;
-        bio.clone_from_parent(parent);
+        let row = live.bound.rows.get(self.row)?;
+        let mut bio = row.row.leg(parent.op(), wait)?;
+        bio.clone_from_parent(parent, row.inside(parent.sector()));
         Some(bio)
     }
 
     fn send(&self, live: &LiveRef, _: usize, bio: Bio, leg: Leg) {
-        let row = &live.bound.rows[self.row];
-        let sector = Sector::new(bio.sector().raw().saturating_sub(row.start.raw()));
-        row.row.map_leg(live, self.row, sector, bio, leg);
+        let row = live.bound.rows[self.row].row.as_ref();
+        row.map_leg(live, self.row, bio, leg);
     }
 }
 

@@ -100,7 +100,7 @@ impl Legs for FlushPlan {
         let (at, nr) = self.through[at - self.devices.len()];
         leg.nr = nr;
         let row = live.bound.rows[at].row.as_ref();
-        row.map_leg(live, at, Sector::ZERO, bio, leg);
+        row.map_leg(live, at, bio, leg);
     }
 }
 

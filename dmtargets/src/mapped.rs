@@ -150,10 +150,19 @@ struct Longest {
     zeroes: u64,
 }
 
+/// A bio with data that ends at most there and is at most so long, in sectors, is the first row's
+/// as it is.
+#[derive(Clone, Copy, Default)]
+struct Plain {
+    end: u64,
+    longest: u64,
+}
+
 /// A table in the hands of a device.
 pub(crate) struct Bound {
     pub(crate) rows: Vec<TableRow>,
     longest: Vec<Longest>,
+    plain: Plain,
     limits: Limits,
     pub(crate) flush: FlushPlan,
 }
@@ -200,9 +209,17 @@ impl Bound {
             });
         }
         let flush = FlushPlan::new(&table.rows, sets.limit);
+        let plain = match (&table.rows[..], &longest[..]) {
+            ([row, ..], [longest, ..]) if row.max_io.is_none() => Plain {
+                end: row.end(),
+                longest: longest.data,
+            },
+            _ => Plain::default(),
+        };
         Ok(Self {
             rows: table.rows,
             longest,
+            plain,
             limits,
             flush,
         })
@@ -213,6 +230,7 @@ impl Bound {
         Self {
             rows: Vec::new(),
             longest: Vec::new(),
+            plain: Plain::default(),
             limits: Limits::UNLIMITED,
             flush: FlushPlan::new(&[], 1),
         }
@@ -580,7 +598,17 @@ impl MappedDevice {
     }
 
     #[inline]
-    fn process(&self, live: LiveRef, mut bio: Bio) -> Option<Bio> {
+    fn process(&self, live: LiveRef, bio: Bio) -> Option<Bio> {
+        let bound = &live.bound;
+        let plain = bio.op().has_data() && !bio.flags().contains(BioFlags::PREFLUSH);
+        let end = bio.sector().raw() + bio.len().raw();
+        if plain && end <= bound.plain.end && bio.len().raw() <= bound.plain.longest {
+            return send(live, 0, bio);
+        }
+        self.process_any(live, bio)
+    }
+
+    fn process_any(&self, live: LiveRef, mut bio: Bio) -> Option<Bio> {
         let bound = &live.bound;
         let flushes = bio.op() == Op::Flush
             || bio.is_empty()
@@ -595,9 +623,15 @@ impl MappedDevice {
         };
         let front = bound.front(at, &bio);
         if front < bio.len().raw() {
-            bio = self.split(&live, at, front, bio)?;
+            bio = self.split(&live, front, bio)?;
         }
-        send(live, at, bio)
+        match bound.duplicates(at, bio.op()) {
+            1 => send(live, at, bio),
+            count => {
+                duplicates::map(&live, at, count, bio);
+                None
+            }
+        }
     }
 
     /// Cuts the front off and submits the rest.
@@ -606,7 +640,7 @@ impl MappedDevice {
         not(test),
         expect(unused_variables, reason = "a test switches depth first off")
     )]
-    fn split(&self, live: &LiveRef, at: usize, front: u64, mut bio: Bio) -> Option<Bio> {
+    fn split(&self, live: &LiveRef, front: u64, mut bio: Bio) -> Option<Bio> {
         if front == 0 {
             bio.complete(Err(BlkError::NotSupported));
             return None;
@@ -618,10 +652,10 @@ impl MappedDevice {
         };
         #[cfg(test)]
         if !self.gate.duplicates.has(Cure::DepthFirst) {
-            let front = send(again(live), at, piece);
-            front.into_iter().for_each(submit_bio);
-            let rest = self.process(again(live), bio);
-            rest.into_iter().for_each(submit_bio);
+            for bio in [piece, bio] {
+                let on = self.process(again(live), bio);
+                on.into_iter().for_each(submit_bio);
+            }
             return None;
         }
         // Onto the thread's list, behind what the front sends down.
@@ -642,17 +676,11 @@ impl MappedDevice {
 /// Has the row `at` map `bio`, which lies in it; gives a clone that is to be sent on.
 #[inline]
 fn send(live: LiveRef, at: usize, bio: Bio) -> Option<Bio> {
-    match live.bound.duplicates(at, bio.op()) {
-        1 => {
-            let row = &live.bound.rows[at];
-            let mapped = row.row.map(&live, at, row.start, bio)?;
-            Some(mapped.told(live, at))
-        }
-        count => {
-            duplicates::map(&live, at, count, bio);
-            None
-        }
-    }
+    let row = &live.bound.rows[at];
+    let tell = row.tell;
+    let (mut clone, parent) = row.row.map(&live, at, row.inside(bio.sector()), bio)?;
+    tell(&mut clone, parent, live, at);
+    Some(clone)
 }
 
 /// In what [`pack`] gives.

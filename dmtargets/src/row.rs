@@ -73,14 +73,15 @@ pub(crate) trait Row: Any + Send + Sync {
     fn message(&self, args: &mut Args<'_>) -> Result<String, CtrError>;
     /// Gives the row the sets of its device.
     fn bind(&self, sets: &Sets);
-    /// Clones `parent`, which lies in the row that begins at `start` and is the `row`th of `live`,
-    /// and sends the clone on its way, or gives it back for the caller to do that.
-    fn map(&self, live: &LiveRef, row: usize, start: Sector, parent: Bio) -> Option<Mapped>;
+    /// Clones `parent`, which is the `row`th row's of `live` and begins at `sector` of that, and sends
+    /// the clone on its way, or gives it back, with its parent, for the caller to do that.
+    fn map(&self, live: &LiveRef, row: usize, sector: Sector, parent: Bio) -> Option<(Bio, Bio)>;
+    /// How a clone that [`Self::map`] gave back learns whose it is.
+    fn teller(&self) -> Tell;
     /// Allocates one of several duplicates.
     fn leg(&self, op: Op, wait: Wait) -> Option<Bio>;
-    /// Sends a duplicate, of [`Self::leg`], on its way; it begins at `sector` of the row, which is
-    /// the `row`th of `live`.
-    fn map_leg(&self, live: &LiveRef, row: usize, sector: Sector, bio: Bio, leg: Leg);
+    /// Sends a duplicate, of [`Self::leg`], on its way; the row is the `row`th of `live`.
+    fn map_leg(&self, live: &LiveRef, row: usize, bio: Bio, leg: Leg);
     /// Takes a bio that has ended, and says what that ends with for which it was made.
     fn end(&self, bio: Bio, whose: &Whose, res: BlkResult) -> BlkResult;
     /// Threads that wait for a clone.
@@ -88,26 +89,8 @@ pub(crate) trait Row: Any + Send + Sync {
     fn waiting(&self) -> usize;
 }
 
-/// A mapped clone that has to be told whose it is.
-pub(crate) struct Mapped {
-    clone: Bio,
-    parent: Bio,
-    tell: fn(&mut Bio, Bio, LiveRef, usize),
-}
-
-impl Mapped {
-    /// The clone, with the reference of its parent to the table.
-    #[inline]
-    pub(crate) fn told(self, live: LiveRef, row: usize) -> Bio {
-        let Self {
-            mut clone,
-            parent,
-            tell,
-        } = self;
-        tell(&mut clone, parent, live, row);
-        clone
-    }
-}
+/// Tells a clone its parent, with the reference of that to the table, and the row.
+pub(crate) type Tell = fn(&mut Bio, Bio, LiveRef, usize);
 
 pub(crate) struct Typed<T: Target> {
     target: T,
@@ -196,23 +179,18 @@ impl<T: Target> Row for Typed<T> {
         }
     }
 
-    fn map(&self, live: &LiveRef, row: usize, start: Sector, parent: Bio) -> Option<Mapped> {
+    fn map(&self, live: &LiveRef, row: usize, sector: Sector, parent: Bio) -> Option<(Bio, Bio)> {
         let set = self.set.get();
         let clone = set.and_then(|set| set.alloc(parent.op(), Wait::Yes));
         let Some(mut clone) = clone else {
             parent.complete(Err(BlkError::NoMemory));
             return None;
         };
-        clone.clone_from_parent(&parent);
+        clone.clone_from_parent(&parent, sector);
         clone.set_end_io(end_io::<T::PerBio>);
-        let sector = Sector::new(parent.sector().raw().saturating_sub(start.raw()));
         if T::SENDS_ON {
-            return match self.target.map(DmBio::new(clone, sector)) {
-                MapResult::Remapped(DmBio { bio: clone, .. }) => Some(Mapped {
-                    clone,
-                    parent,
-                    tell: tell_clone::<T::PerBio>,
-                }),
+            return match self.target.map(DmBio::new(clone)) {
+                MapResult::Remapped(DmBio { bio: clone, .. }) => Some((clone, parent)),
                 MapResult::Requeue(_) => {
                     requeue(again(live), parent);
                     None
@@ -227,7 +205,7 @@ impl<T: Target> Row for Typed<T> {
         // It may end, on another thread, before `map` returns.
         let live = again(live);
         tell_clone::<T::PerBio>(&mut clone, parent, live, row);
-        match self.target.map(DmBio::new(clone, sector)) {
+        match self.target.map(DmBio::new(clone)) {
             MapResult::Remapped(bio) => submit_bio(bio.bio),
             MapResult::Taken => {}
             MapResult::Requeue(mut bio) => {
@@ -241,15 +219,19 @@ impl<T: Target> Row for Typed<T> {
         None
     }
 
+    fn teller(&self) -> Tell {
+        tell_clone::<T::PerBio>
+    }
+
     fn leg(&self, op: Op, wait: Wait) -> Option<Bio> {
         self.legs.get()?.alloc(op, wait)
     }
 
-    fn map_leg(&self, live: &LiveRef, row: usize, sector: Sector, mut bio: Bio, leg: Leg) {
+    fn map_leg(&self, live: &LiveRef, row: usize, mut bio: Bio, leg: Leg) {
         bio.set_end_io(end_io::<T::PerBio>);
-        let nr = leg.nr;
+        bio.pad_mut::<Tio<T::PerBio>>().nr = leg.nr;
         tell::<T::PerBio>(&mut bio, Whose::Leg(leg), again(live), row);
-        match self.target.map(DmBio::leg(bio, sector, nr)) {
+        match self.target.map(DmBio::new(bio)) {
             MapResult::Remapped(bio) => submit_bio(bio.bio),
             MapResult::Taken => {}
             MapResult::Requeue(mut bio) => {
@@ -269,12 +251,11 @@ impl<T: Target> Row for Typed<T> {
 
     #[inline]
     fn end(&self, bio: Bio, whose: &Whose, res: BlkResult) -> BlkResult {
-        let (nr, set) = match whose {
-            Whose::Clone(_) => (0, self.set.get()),
-            Whose::Leg(leg) => (leg.nr, self.legs.get()),
+        let set = match whose {
+            Whose::Clone(_) => self.set.get(),
+            Whose::Leg(_) => self.legs.get(),
         };
-        let sector = bio.sector();
-        let mut bio = DmBio::leg(bio, sector, nr);
+        let mut bio = DmBio::new(bio);
         let res = self.target.end_io(&mut bio, res);
         if size_of::<T::PerBio>() > 0 {
             *bio.data_mut() = T::PerBio::default();
@@ -296,12 +277,10 @@ fn tell<P: Default + Send + 'static>(bio: &mut Bio, whose: Whose, live: LiveRef,
     }
 }
 
-fn tell_clone<P: Default + Send + 'static>(
-    clone: &mut Bio,
-    parent: Bio,
-    live: LiveRef,
-    row: usize,
-) {
+fn tell_clone<P>(clone: &mut Bio, parent: Bio, live: LiveRef, row: usize)
+where
+    P: Default + Send + 'static,
+{
     tell::<P>(clone, Whose::Clone(parent), live, row);
 }
 

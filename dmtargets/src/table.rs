@@ -6,7 +6,7 @@ use blockstack::{Sector, SectorCount};
 
 use crate::args::{Args, CtrError};
 use crate::registry::Registry;
-use crate::row::{Row, Typed};
+use crate::row::{Row, Tell, Typed};
 use crate::target::{DeviceSource, Notifier, TableCx, Target};
 
 /// Why a table is none. Rows count from 1.
@@ -76,10 +76,27 @@ pub(crate) struct TableRow {
     pub(crate) len: SectorCount,
     pub(crate) max_io: Option<SectorCount>,
     pub(crate) notifier: Notifier,
+    pub(crate) tell: Tell,
     pub(crate) row: Box<dyn Row>,
 }
 
 impl TableRow {
+    fn new(start: Sector, len: SectorCount, row: Box<dyn Row>) -> Self {
+        Self {
+            start,
+            len,
+            max_io: None,
+            notifier: Notifier::default(),
+            tell: row.teller(),
+            row,
+        }
+    }
+
+    /// `sector` of the device, which lies in the row, counted from the row's start.
+    pub(crate) fn inside(&self, sector: Sector) -> Sector {
+        Sector::new(sector.raw() - self.start.raw())
+    }
+
     pub(crate) fn end(&self) -> u64 {
         self.start.raw() + self.len.raw()
     }
@@ -146,11 +163,9 @@ impl Table {
             source,
         })?;
         self.rows.push(TableRow {
-            start,
-            len,
             max_io: cx.max_io.get(),
             notifier: cx.notifier(),
-            row: made,
+            ..TableRow::new(start, len, made)
         });
         Ok(())
     }
@@ -179,13 +194,9 @@ impl Table {
     pub fn single<T: Target>(len: SectorCount, target: T) -> Result<Self, TableError> {
         let mut table = Self::default();
         table.check_place(Sector::ZERO, len)?;
-        table.rows.push(TableRow {
-            start: Sector::ZERO,
-            len,
-            max_io: None,
-            notifier: Notifier::default(),
-            row: Typed::boxed(target),
-        });
+        table
+            .rows
+            .push(TableRow::new(Sector::ZERO, len, Typed::boxed(target)));
         Ok(table)
     }
 

@@ -294,27 +294,22 @@ pub(crate) struct Origin {
 #[derive(Default)]
 pub(crate) struct Tio<P> {
     pub(crate) origin: Option<Origin>,
+    /// Which of several duplicates.
+    pub(crate) nr: usize,
     pub(crate) data: P,
 }
 
 /// A clone of a bio, in the hands of a target. A drop ends it with an error, as of any bio.
 pub struct DmBio<P = ()> {
+    /// Counts its sectors from the start of the row until it is remapped.
     pub(crate) bio: Bio,
-    sector: Sector,
-    nr: usize,
     pad: std::marker::PhantomData<fn() -> P>,
 }
 
 impl<P: Default + Send + 'static> DmBio<P> {
-    pub(crate) fn new(bio: Bio, sector: Sector) -> Self {
-        Self::leg(bio, sector, 0)
-    }
-
-    pub(crate) fn leg(bio: Bio, sector: Sector, nr: usize) -> Self {
+    pub(crate) fn new(bio: Bio) -> Self {
         Self {
             bio,
-            sector,
-            nr,
             pad: std::marker::PhantomData,
         }
     }
@@ -334,7 +329,7 @@ impl<P: Default + Send + 'static> DmBio<P> {
     /// Where it begins, from the start of the row; after a remap: of the device it names.
     #[must_use]
     pub fn sector(&self) -> Sector {
-        self.sector
+        self.bio.sector()
     }
 
     /// Its length; zero for a flush.
@@ -353,7 +348,7 @@ impl<P: Default + Send + 'static> DmBio<P> {
     /// `dm_bio_get_target_bio_nr`.
     #[must_use]
     pub fn nr(&self) -> usize {
-        self.nr
+        self.bio.pad::<Tio<P>>().nr
     }
 
     /// The target's data.
@@ -365,7 +360,7 @@ impl<P: Default + Send + 'static> DmBio<P> {
     /// Names the device of `range`, and there the sector as far from its start as the bio was from
     /// the row's.
     pub fn remap(&mut self, range: &DevRange) {
-        self.remap_to(range, self.sector);
+        self.remap_to(range, self.sector());
     }
 
     /// Names the device of `range`, and there the sector `offset` from its start.
@@ -375,8 +370,8 @@ impl<P: Default + Send + 'static> DmBio<P> {
             "a bio of {} sectors at {offset} leaves {range:?}",
             self.len()
         );
-        self.sector = Sector::new(range.start.raw() + offset.raw());
-        self.bio.set_lane(&range.dev, self.sector);
+        let sector = Sector::new(range.start.raw() + offset.raw());
+        self.bio.set_lane(&range.dev, sector);
     }
 
     /// As [`Self::remap_to`], with the length that the device is to get: for a discard or
@@ -419,7 +414,7 @@ impl<P> fmt::Debug for DmBio<P> {
             "{:?} of {} at {}",
             self.bio.op(),
             self.bio.len(),
-            self.sector
+            self.bio.sector()
         )
     }
 }

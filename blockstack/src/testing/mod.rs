@@ -51,7 +51,7 @@ impl Forward {
             bio.complete(Err(BlkError::NoMemory));
             return;
         };
-        clone.clone_from_parent(&bio);
+        clone.clone_from_parent(&bio, bio.sector());
         clone.set_dev(self.lower.clone(), bio.sector());
         clone.set_end_io(forwarded);
         let pad = clone.pad_mut::<ForwardPad>();

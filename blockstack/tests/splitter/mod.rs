@@ -75,7 +75,7 @@ impl Splitter {
             parent.unwrap().complete(res);
         }
         let mut clone = self.pools.clones.alloc(bio.op(), Wait::Yes).unwrap();
-        clone.clone_from_parent(&bio);
+        clone.clone_from_parent(&bio, bio.sector());
         clone.set_dev(self.lower(&bio), bio.sector());
         clone.set_end_io(end);
         clone.pad_mut::<ClonePad>().0 = Some(bio);
