@@ -506,6 +506,7 @@ impl Bio {
     /// Makes this bio, fresh from a stacking device's set, name the same length, flags and memory as
     /// `parent`, which the caller must then keep in this bio's pad until it ended; `sector` is where
     /// it begins in whatever the caller counts from until it names a device.
+    #[inline]
     pub fn clone_from_parent(&mut self, parent: &Self, sector: Sector) {
         let from = parent.core();
         let core = self.core_mut();

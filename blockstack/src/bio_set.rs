@@ -138,7 +138,7 @@ struct Inner {
     name: String,
     limit: usize,
     keeps_dev: bool,
-    slots: Box<[Slot]>,
+    slots: Box<[Slot; LANES]>,
     free: Mutex<Free>,
     back: Condvar,
     /// Threads that wait for a bio, and [`CLOSED`]: what somebody who puts a bio must look at.
@@ -195,7 +195,7 @@ impl Inner {
 
     /// Takes what is in the slots onto the list.
     fn collect(&self, free: &mut MutexGuard<'_, Free>) {
-        for slot in &self.slots {
+        for slot in &*self.slots {
             free.extend(slot.take());
         }
     }
@@ -358,7 +358,7 @@ impl<P: Pad + Default> BioSet<P> {
             name: name.to_owned(),
             limit,
             keeps_dev,
-            slots: (0..LANES).map(|_| Slot::default()).collect(),
+            slots: Box::new(std::array::from_fn(|_| Slot::default())),
             free: Mutex::new(Rank::Pool, Vec::with_capacity(limit)),
             back: Condvar::new(),
             attention: AtomicUsize::new(0),

@@ -143,14 +143,14 @@ struct Counts {
 #[derive(Debug)]
 pub struct Stats {
     /// By the thread's slot, and last those of threads that have none.
-    counts: Box<[CachePadded<Counts>]>,
+    counts: Box<[CachePadded<Counts>; SLOTS + 1]>,
     latency: [AtomicU64; LATENCY_BUCKETS],
 }
 
 impl Default for Stats {
     fn default() -> Self {
         Self {
-            counts: (0..=SLOTS).map(|_| CachePadded::default()).collect(),
+            counts: Box::new(std::array::from_fn(|_| CachePadded::default())),
             latency: Default::default(),
         }
     }
@@ -207,7 +207,7 @@ impl Stats {
     fn mine(&self) -> Mine<'_> {
         let slot = thread_slot();
         Mine {
-            counts: &self.counts[slot],
+            counts: &self.counts[slot.min(SLOTS)],
             alone: slot < SLOTS,
         }
     }
