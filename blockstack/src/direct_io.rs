@@ -83,6 +83,7 @@ use crate::bio_set::BioSet;
 use crate::buf::Buf;
 use crate::device::DynDevice;
 use crate::error::{BlkError, BlkResult};
+use crate::lane::Lanes;
 use crate::plug::Plug;
 use crate::submit::{in_submission, submit_and_stay, submit_bio};
 use crate::sync::prim::atomic::{AtomicUsize, Ordering};
@@ -187,7 +188,7 @@ impl Default for DioConfig {
 
 struct Mount<D: DioDone> {
     name: String,
-    dev: DynDevice,
+    dev: Lanes,
     config: DioConfig,
     requests: BioSet<DioPad<D>>,
     pieces: BioSet<()>,
@@ -211,7 +212,7 @@ impl<D: DioDone> DirectIo<D> {
     pub fn new(name: &str, dev: DynDevice, config: DioConfig) -> Self {
         Self(Arc::new(Mount {
             name: name.to_owned(),
-            dev,
+            dev: Lanes::new(&dev),
             config,
             requests: BioSet::new("dio", config.requests),
             pieces: BioSet::new("dio pieces", config.pieces),
@@ -494,7 +495,7 @@ fn send<D: DioDone>(file: &File<D>, extents: &[Extent], mut bio: Bio, stays: boo
 
 fn go<D: DioDone>(mount: &Mount<D>, to_device: bool, sector: Sector, mut bio: Bio, stays: bool) {
     if to_device {
-        bio.set_dev(mount.dev.clone(), sector);
+        bio.set_lane(&mount.dev, sector);
         if stays {
             submit_and_stay(bio);
         } else {

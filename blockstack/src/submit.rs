@@ -21,7 +21,6 @@ use crate::error::BlkError;
 use crate::lane::DevRef;
 use crate::sync::prim::thread_local;
 
-#[derive(Default)]
 struct Lists {
     active: bool,
     /// Whether the thread will do nothing but wait for the bio it submits.
@@ -32,8 +31,17 @@ struct Lists {
     old: VecDeque<Bio>,
 }
 
+impl Lists {
+    const NONE: Self = Self {
+        active: false,
+        stays: false,
+        new: VecDeque::new(),
+        old: VecDeque::new(),
+    };
+}
+
 thread_local! {
-    static LISTS: RefCell<Lists> = RefCell::new(Lists::default());
+    static LISTS: RefCell<Lists> = const { RefCell::new(Lists::NONE) };
 }
 
 /// Whether the thread is inside a device's `submit`, where nothing may be waited for.

@@ -6,12 +6,11 @@ use std::time::{Duration, Instant};
 use blockstack::lane::Count;
 use blockstack::sync::prim::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use blockstack::sync::{Condvar, Mutex, Rank, assert_may_wait};
-use blockstack::{BioSet, BlkError, Buf, DynDevice, Op, PagePool, Sector};
+use blockstack::{BioSet, BlkError, Buf, DynDevice, Lanes, Op, PagePool, Sector};
 
 use crate::buffer::{Buffer, Inner};
 use crate::client::ClientConfig;
 use crate::error::BufError;
-
 use crate::lru::Rings;
 use crate::map::Map;
 use crate::read::ReadPad;
@@ -31,7 +30,7 @@ const SEARCH: usize = 256;
 const NAP: Duration = Duration::from_millis(10);
 
 pub(crate) struct Cache {
-    pub(crate) dev: DynDevice,
+    pub(crate) dev: Lanes,
     pub(crate) config: ClientConfig,
     pub(crate) pool: PagePool,
     /// Blocks on the device.
@@ -118,7 +117,7 @@ impl Cache {
             epoch: Instant::now(),
             #[cfg(debug_assertions)]
             rank_probe: blockstack::sync::RwLock::new(config.rank, ()),
-            dev,
+            dev: Lanes::new(&dev),
             config,
             pool,
         }))

@@ -312,7 +312,7 @@ impl Reading {
         let Some(first) = items.first() else {
             return;
         };
-        bio.set_dev(cache.dev.clone(), cache.sector(first.block));
+        bio.set_lane(&cache.dev, cache.sector(first.block));
         bio.set_flags(flags);
         bio.set_end_io(read_end);
         bio.pad_mut::<ReadPad>().0 = items;

@@ -142,7 +142,7 @@ impl Run {
         }
         let shrunk = buf.set_len(len);
         debug_assert!(shrunk.is_ok(), "a run never outgrows its memory");
-        bio.set_dev(cache.dev.clone(), Sector::new(start >> SECTOR_SHIFT));
+        bio.set_lane(&cache.dev, Sector::new(start >> SECTOR_SHIFT));
         bio.set_flags(match batch.origin {
             Origin::Caller => BioFlags::META | BioFlags::SYNC,
             Origin::Background => BioFlags::META,

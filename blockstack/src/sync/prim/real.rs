@@ -56,3 +56,14 @@ impl<T> std::fmt::Debug for Exchange<T> {
         f.debug_struct("Exchange").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crossbeam_utils::atomic::AtomicCell;
+
+    /// Else an exchange would take a lock that all cells of the process share.
+    #[test]
+    fn a_box_is_exchanged_without_a_lock() {
+        assert!(AtomicCell::<Option<Box<u64>>>::is_lock_free());
+    }
+}
