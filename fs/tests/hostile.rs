@@ -2,7 +2,8 @@
 //! answer or an error.
 //!
 //! `FUSEFS_STACK_SEED=7` or `FUSEFS_STACK_SEED=7..900` runs these seeds, `FUSEFS_STACK_LONG=1` more
-//! than usual.
+//! than usual, `FUSEFS_STACK_REASONS=1` prints what was refused, and with `FUSEFS_STACK_HOLD=1` a
+//! hang stays for an hour, for a debugger.
 #![expect(clippy::unwrap_used, reason = "a test ends with a panic")]
 
 #[path = "hostile/base.rs"]
@@ -11,6 +12,8 @@ mod base;
 mod damage;
 #[path = "hostile/exercise.rs"]
 mod exercise;
+#[path = "hostile/finds.rs"]
+mod finds;
 mod storm;
 
 use std::alloc::System;
@@ -75,6 +78,9 @@ fn watch() {
                     };
                     if at != 0 && tick * since.1 > MOST_TIME {
                         eprintln!("seed {} hangs", at - 1);
+                        if std::env::var_os("FUSEFS_STACK_HOLD").is_some() {
+                            std::thread::sleep(Duration::from_secs(3600));
+                        }
                         std::process::abort();
                     }
                 }

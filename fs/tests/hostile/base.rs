@@ -557,12 +557,13 @@ fn make(name: &'static str, args: &[&str], size: &str, end: End) -> Option<Base>
     Some(Base::new(name, disk.live()))
 }
 
-/// All images that this machine's mke2fs can make.
-pub fn bases() -> Vec<Base> {
+type Recipe = (&'static str, Vec<&'static str>, &'static str, End);
+
+fn recipes() -> Vec<Recipe> {
     let ext4 = |more: &[&'static str]| [&["-t", "ext4"], more].concat();
     let no_csum = "^metadata_csum,uninit_bg";
     let orphan = "metadata_csum,orphan_file";
-    let list = [
+    vec![
         (
             "ext4 1k",
             ext4(&["-b", "1024", "-J", "size=1"]),
@@ -623,11 +624,22 @@ pub fn bases() -> Vec<Base> {
             "12M",
             End::Unmount,
         ),
-    ];
-    let made: Vec<_> = list
+    ]
+}
+
+/// All images that this machine's mke2fs can make.
+pub fn bases() -> Vec<Base> {
+    let made: Vec<_> = recipes()
         .into_iter()
         .filter_map(|(name, args, size, end)| make(name, &args, size, end))
         .collect();
     assert!(made.len() >= 8, "mke2fs made only {} images", made.len());
     made
+}
+
+/// One of them.
+pub fn named(want: &str) -> Base {
+    let recipe = recipes().into_iter().find(|recipe| recipe.0 == want);
+    let (name, args, size, end) = recipe.unwrap();
+    make(name, &args, size, end).unwrap()
 }

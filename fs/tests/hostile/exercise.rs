@@ -66,27 +66,36 @@ pub fn exercise(name: &str, image: Image, seed: u64) -> Outcome {
         ..MountOptions::default()
     };
     let dev: DynDevice = MemDisk::from_image(name, image);
-    let fs = match Fs::mount(dev, options) {
-        Ok(fs) => fs,
-        Err(error) => {
-            return Outcome {
-                refused: Some(error.to_string()),
-                ..Outcome::default()
-            };
+    let mut outcome = Outcome::default();
+    // What we made of it must not do worse than what was given.
+    for _ in 0..=u32::from(random.one_in(3)) {
+        match Fs::mount(dev.clone(), options.clone()) {
+            Ok(fs) => outcome = use_and_leave(fs, outcome, &mut random),
+            Err(error) => {
+                outcome.refused = Some(error.to_string());
+                break;
+            }
         }
-    };
+    }
+    outcome
+}
+
+fn use_and_leave(fs: Arc<Fs>, outcome: Outcome, random: &mut Random) -> Outcome {
     let mut visit = Visit {
         fs,
-        outcome: Outcome::default(),
+        outcome,
         seen: BTreeSet::new(),
         dirs: Vec::new(),
         files: Vec::new(),
         names: Vec::new(),
     };
     visit.look();
-    visit.change(&mut random);
-    let unmounted = visit.fs.unmount();
-    visit.note(unmounted);
+    visit.change(random);
+    // Else as a crash leaves it.
+    if !random.one_in(6) {
+        let unmounted = visit.fs.unmount();
+        visit.note(unmounted);
+    }
     visit.outcome
 }
 
@@ -189,6 +198,10 @@ impl Visit {
             self.names.push((ino, name.clone()));
         }
         self.note(self.fs.lookup(ino, b"not-there"));
+        // Places that no listing gave.
+        for cookie in [1, cookie.wrapping_add(1), cookie ^ (1 << 40), u64::MAX] {
+            self.note(self.fs.readdir(ino, cookie, &mut |_| Emit::Full));
+        }
     }
 
     fn file(&mut self, attr: &Attr) {
@@ -281,7 +294,30 @@ impl Visit {
             self.note(res);
         };
         let keep = FallocMode::KEEP_SIZE;
-        match random.below(10) {
+        match random.below(13) {
+            10 => {
+                let to = random
+                    .pick(&self.files)
+                    .and_then(|to| self.fs.iget(to).ok());
+                if let Some(to) = to {
+                    let copied = self.fs.copy_range(&inode, at, &to, start, len, &ME);
+                    self.note(copied);
+                }
+            }
+            11 => {
+                self.note(self.fs.alloc.trim(random.below(9000), 5000, 4));
+                let made = self.fs.tmpfile(ROOT, 0o100_600, 0, &ME);
+                if let Some(made) = self.note(made) {
+                    self.fs.forget(made.ino, 1);
+                }
+            }
+            12 => {
+                let flags = self.fs.flags(ino);
+                if let Some(flags) = self.note(flags) {
+                    let flag = 1 << random.below(32);
+                    self.note(self.fs.set_flags(ino, flags ^ flag));
+                }
+            }
             0 => fallocate(FallocMode::PUNCH_HOLE | keep, at, len),
             1 => fallocate(FallocMode::empty(), at, len),
             2 => fallocate(FallocMode::ZERO_RANGE, at, len),
