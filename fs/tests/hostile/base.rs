@@ -318,7 +318,7 @@ impl Base {
                 }
             }
         }
-        self.seal_groups(&mut parts);
+        self.seal_groups(&mut parts, touched);
         let mut sb = [0; 1024];
         parts.image.read_at(1024, &mut sb);
         if geo.metadata_csum() {
@@ -327,16 +327,28 @@ impl Base {
         }
     }
 
-    fn seal_groups(&self, parts: &mut Parts<'_>) {
+    fn seal_groups(&self, parts: &mut Parts<'_>, touched: &[u64]) {
         let geo = &self.geo;
         for group in 0..geo.group_count {
             let mut desc = parts.desc(group);
+            let blocks = geo.group_blocks(group);
+            // Where the location is, the count of free ones, the checksum; how many bits.
             let bitmaps = [
-                (0, 0x18, 0x38, geo.blocks_per_group),
-                (4, 0x1a, 0x3a, geo.inodes_per_group),
+                ((0, 0xc, 0x18, 0x38), geo.blocks_per_group, blocks),
+                (
+                    (4, 0xe, 0x1a, 0x3a),
+                    geo.inodes_per_group,
+                    geo.inodes_per_group,
+                ),
             ];
-            for (at, low, high, bits) in bitmaps {
+            for ((at, free, low, high), bits, used) in bitmaps {
                 let block = u64::from(le32(&desc, at));
+                if touched.contains(&block) && block < geo.blocks_count {
+                    let bitmap = parts.block(block);
+                    let is_free = |bit: u32| bitmap[bit as usize / 8] & (1 << (bit % 8)) == 0;
+                    let count = (0..used).filter(|&bit| is_free(bit)).count() as u16;
+                    desc[free..free + 2].copy_from_slice(&count.to_le_bytes());
+                }
                 if geo.metadata_csum() && block < geo.blocks_count {
                     let bitmap = parts.block(block);
                     let sum = crc32c(geo.csum_seed, &bitmap[..bits as usize / 8]).to_le_bytes();

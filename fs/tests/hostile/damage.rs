@@ -113,7 +113,8 @@ fn place(base: &Base, image: &mut Image, block: u64, role: Role, random: &mut Ra
             at + below(most)
         }
         Role::Pointers | Role::Orphans(_) | Role::Data => at + below(size),
-        Role::BlockBitmap(_) | Role::InodeBitmap(_) => at + below(size / 2),
+        Role::BlockBitmap(group) => at + below(u64::from(geo.group_blocks(group) / 8).max(1)),
+        Role::InodeBitmap(_) => at + below(u64::from(geo.inodes_per_group / 8)),
     }
     .min(at_most(base))
 }

@@ -195,3 +195,41 @@ fn an_inode_in_use_is_not_made_again() {
     assert_eq!(fs.getattr(ino).unwrap().size, 7);
     fs.unmount().unwrap();
 }
+
+/// Marks all blocks of a group as used but one of them.
+fn leave_free(base: &Base, parts: &mut Parts<'_>, block: u64) -> Vec<u64> {
+    let (group, index) = base.geo.group_of_block(block);
+    let bitmap = u64::from(le32(&parts.desc(group), 0));
+    let mut bytes = vec![255; base.geo.block_size as usize];
+    bytes[index as usize / 8] &= !(1 << (index % 8));
+    let at = parts.at(bitmap);
+    parts.image.write_at(at, &bytes);
+    vec![bitmap]
+}
+
+/// Went wrong: the new block of a directory was its own index, which a split overwrote and then
+/// took for what it had been: an entry was put far outside of it.
+#[test]
+fn a_split_that_is_given_the_index_itself_is_refused() {
+    for name in ["ext4 1k", "no csum", "ext3"] {
+        let base = named(name);
+        let dir = ino_of(&base, "dir");
+        let fs = mounted(&base, |_| Vec::new());
+        let root = {
+            let inode = fs.iget(dir).unwrap();
+            let data = inode.data.read();
+            fs::inode::map::lookup(&fs, &inode, &data, 0, 1)
+                .unwrap()
+                .pblk
+        };
+        fs.unmount().unwrap();
+        let fs = mounted(&base, |parts| leave_free(&base, parts, root));
+        let failed = (0..300).find_map(|number| {
+            let name = format!("{}-{number}", "b-long-name".repeat(7));
+            fs.create(dir, name.as_bytes(), FILE, 0, &ME).err()
+        });
+        let what = "directory index: changed under an operation";
+        damaged::<()>(Err(failed.unwrap()), what);
+        fs.unmount().unwrap();
+    }
+}
