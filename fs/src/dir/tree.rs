@@ -357,7 +357,7 @@ fn grow_index<S: StoreMut>(
         htree::fill_node(&mut bytes, layout);
         DxEdit::new(&mut bytes, DxKind::Node, layout).assign(&list[moved..]);
     }
-    {
+    let changed = {
         let mut bytes = store.edit(&frame.block)?;
         if level == 0 {
             htree::set_info(&mut bytes, hash, u8::try_from(levels).unwrap_or(u8::MAX));
@@ -365,17 +365,41 @@ fn grow_index<S: StoreMut>(
         let mut edit = DxEdit::new(&mut bytes, frame.kind, layout);
         if level == 0 {
             edit.assign(&[(0, new_lblk)]);
+            true
         } else {
-            edit.truncate(moved);
+            edit.truncate(moved)
         }
+    };
+    if !changed {
+        return Err(store.corrupt(CHANGED, frame.lblk));
     }
     if level > 0 {
         let parent = &path.frames[level - 1];
-        let mut bytes = store.edit(&parent.block)?;
-        let mut edit = DxEdit::new(&mut bytes, parent.kind, layout);
-        edit.insert(parent.at + 1, list[moved].0, new_lblk);
+        insert_entry(store, parent, (list[moved].0, new_lblk))?;
     }
     Ok(())
+}
+
+/// What a block in two places of a directory looks like, or one in use that was free to take.
+const CHANGED: &str = "directory index: changed under an operation";
+
+/// Adds an entry behind the one that the way took.
+fn insert_entry<S: StoreMut>(
+    store: &S,
+    parent: &Frame<S::Block>,
+    (hash, lblk): (u32, u32),
+) -> Result<(), S::Error> {
+    let layout = store.config().layout;
+    let inserted = {
+        let mut bytes = store.edit(&parent.block)?;
+        let mut edit = DxEdit::new(&mut bytes, parent.kind, layout);
+        edit.insert(parent.at + 1, hash, lblk)
+    };
+    if inserted {
+        Ok(())
+    } else {
+        Err(store.corrupt(CHANGED, parent.lblk))
+    }
 }
 
 /// Splits a full leaf by hash and adds a name to the half it belongs to.
@@ -411,10 +435,7 @@ fn split_and_insert<S: StoreMut>(
     let (new_lblk, new) = store.append()?;
     store.edit(&new)?.copy_from_slice(&split.high);
     store.edit(&leaf)?.copy_from_slice(&split.low);
-    let mut bytes = store.edit(&parent.block)?;
-    let mut edit = DxEdit::new(&mut bytes, parent.kind, layout);
-    edit.insert(parent.at + 1, split.hash, new_lblk);
-    Ok(())
+    insert_entry(store, parent, (split.hash, new_lblk))
 }
 
 /// Turns a directory of one linear block into an index with one leaf.

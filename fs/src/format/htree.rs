@@ -371,27 +371,36 @@ impl<'a> DxEdit<'a> {
         self.entries[0].hash = U32::new(limit | (count << 16));
     }
 
-    /// Puts an entry at `index`, at least 1; there must be room.
-    pub fn insert(&mut self, index: usize, hash: u32, lblk: u32) {
+    /// Puts an entry at `index`, at least 1; `false` where the block has no such place or no room:
+    /// what else was written since it was checked may be the same block, in a damaged file system.
+    #[must_use]
+    pub fn insert(&mut self, index: usize, hash: u32, lblk: u32) -> bool {
         let count = self.count();
-        debug_assert!(index >= 1 && index <= count && count < self.entries.len());
+        if index == 0 || index > count || count >= self.entries.len() {
+            return false;
+        }
         self.entries.copy_within(index..count, index + 1);
         self.entries[index] = RawDxEntry {
             hash: U32::new(hash),
             block: U32::new(lblk),
         };
         self.set_count(count + 1);
+        true
     }
 
-    /// Keeps the first `count` entries.
-    pub fn truncate(&mut self, count: usize) {
+    /// Keeps the first `count` entries; `false` as with [`Self::insert`].
+    #[must_use]
+    pub fn truncate(&mut self, count: usize) -> bool {
         let old = self.count();
-        debug_assert!(count >= 1 && count <= old);
+        if count == 0 || count > old || old > self.entries.len() {
+            return false;
+        }
         self.entries[count..old].fill(RawDxEntry {
             hash: U32::ZERO,
             block: U32::ZERO,
         });
         self.set_count(count);
+        true
     }
 
     /// Makes `entries` the content; the hash of the first is dropped.

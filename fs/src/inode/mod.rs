@@ -169,12 +169,17 @@ impl Core {
             log::error!("inode {ino}: {error}");
             self.corrupt("inode: i_extra_isize", block, ino)
         })?;
-        if self.geo.metadata_csum() && (inode.links > 0 || inode.mode != 0) {
+        let in_use = inode.links > 0 || inode.mode != 0;
+        if self.geo.metadata_csum() && in_use {
             let seed = inode_csum_seed(self.geo.csum_seed, ino, inode.generation);
             verify_inode(seed, bytes).map_err(|error| {
                 log::error!("inode {ino}: {error}");
                 self.corrupt("inode: i_checksum", block, ino)
             })?;
+        }
+        // Blocks of a file have numbers of 32 bits, the last of which no file has.
+        if in_use && inode.size > u64::from(u32::MAX) << self.geo.block_bits {
+            return Err(self.corrupt("inode: i_size", block, ino));
         }
         Ok(inode)
     }

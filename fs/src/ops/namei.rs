@@ -250,6 +250,10 @@ impl Fs {
             InodeUse::Other
         };
         let ino = self.alloc.alloc_inode(handle, dir.ino, kind)?;
+        let known = self.inodes.get(ino);
+        if known.is_some_and(|known| known.lookups.load(Ordering::Acquire) > 0) {
+            return Err(self.corrupt("inode bitmap: an inode in use is marked free", 0, ino));
+        }
         let now = self.now();
         data.uid = caller.uid;
         data.gid = caller.gid;
@@ -503,6 +507,7 @@ impl Fs {
         let mut dir_data = dir.data.write();
         check_dir_change(&dir_data)?;
         let entry = dir::lookup(self, &dir, &dir_data, name)?.ok_or(FsError::NotFound)?;
+        self.check_below(entry.ino, [parent, parent])?;
         let inode = self.iget_named(entry.ino)?;
         let mut data = inode.data.write_nested();
         match kind {
@@ -530,6 +535,14 @@ impl Fs {
         drop(dir_data);
         self.put(inode);
         self.sync_change(tid)
+    }
+
+    /// Refuses a name of the root, or of one of the directories whose locks are held.
+    pub(super) fn check_below(&self, ino: u32, dirs: [u32; 2]) -> FsResult {
+        if ino == ROOT_INO || dirs.contains(&ino) {
+            return Err(self.corrupt("directory entry: a directory above it", 0, dirs[0]));
+        }
+        Ok(())
     }
 
     /// Counts a name less; the last makes the inode an orphan.
@@ -590,6 +603,16 @@ impl Fs {
         dir::read(self, &dir, &data, cookie, &mut |entry| {
             if matches!(entry.name, b"." | b"..") {
                 return emit(entry, None);
+            }
+            if entry.ino == ino {
+                // Damage, told as a lookup tells it; its lock is held.
+                dir.lookups.fetch_add(1, Ordering::AcqRel);
+                let taken = emit(entry, Some(&self.attr_of(&dir, &data)));
+                if taken == Emit::Full {
+                    dir.lookups.fetch_sub(1, Ordering::AcqRel);
+                }
+                taken_any |= taken == Emit::More;
+                return taken;
             }
             let inode = match self.iget_named(entry.ino) {
                 Ok(inode) => inode,

@@ -142,6 +142,9 @@ impl Fs {
                 FsError::NotEmpty
             });
         }
+        for entry in [Some(source), target].into_iter().flatten() {
+            self.check_below(entry.ino, [old_parent, new_parent])?;
+        }
         let source = self.iget_named(source.ino)?;
         let target = target
             .map(|target| self.iget_named(target.ino))
