@@ -118,11 +118,15 @@ impl Fs {
             return Err(self.corrupt("directory entry: reserved inode", 0, ino));
         }
         let inode = self.iget(ino)?;
-        let in_use = {
-            let data = inode.data.read_nested();
-            data.links > 0 || inode.lookups.load(Ordering::Acquire) > 0
+        // A directory may be above, in a damaged file system, and is not waited for: somebody who
+        // changes it knows that it is in use.
+        let named = if inode.is_dir() {
+            let data = inode.data.try_read();
+            data.is_none_or(|data| data.links > 0)
+        } else {
+            inode.data.read_nested().links > 0
         };
-        if in_use {
+        if named || inode.lookups.load(Ordering::Acquire) > 0 {
             Ok(inode)
         } else {
             Err(self.corrupt("directory entry: deleted inode", 0, ino))

@@ -103,7 +103,9 @@ impl Fs {
         }
         let inode = self.iget_named(entry.ino)?;
         inode.lookups.fetch_add(1, Ordering::AcqRel);
-        let child = inode.data.read_nested();
+        // In a damaged file system the child may be above: no waiting for it under the lock.
+        drop(data);
+        let child = inode.data.read();
         Ok(Some(self.attr_of(&inode, &child)))
     }
 
@@ -597,9 +599,23 @@ impl Fs {
         cookie: u64,
         emit: &mut dyn FnMut(&Entry<'_>, Option<&Attr>) -> Emit,
     ) -> FsResult {
+        while let Some(busy) = self.try_readdirplus(ino, cookie, emit)? {
+            drop(busy.data.read());
+        }
+        Ok(())
+    }
+
+    /// Gives a directory that has to be waited for, where nothing was taken before it. In a damaged
+    /// file system it may be above the one that is read: no waiting for it under the lock.
+    fn try_readdirplus(
+        &self,
+        ino: u32,
+        cookie: u64,
+        emit: &mut dyn FnMut(&Entry<'_>, Option<&Attr>) -> Emit,
+    ) -> FsResult<Option<Arc<Inode>>> {
         let dir = self.directory(ino)?;
         let data = dir.data.read();
-        let (mut failed, mut taken_any) = (None, false);
+        let (mut failed, mut busy, mut taken_any) = (None, None, false);
         dir::read(self, &dir, &data, cookie, &mut |entry| {
             if matches!(entry.name, b"." | b"..") {
                 return emit(entry, None);
@@ -621,9 +637,18 @@ impl Fs {
                     return Emit::Full;
                 }
             };
+            let attr = if inode.is_dir() {
+                let data = inode.data.try_read();
+                data.map(|data| self.attr_of(&inode, &data))
+            } else {
+                Some(self.attr_of(&inode, &inode.data.read_nested()))
+            };
+            let Some(attr) = attr else {
+                busy = Some(inode);
+                return Emit::Full;
+            };
             // Before the entry goes out, so that a forget cannot come first.
             inode.lookups.fetch_add(1, Ordering::AcqRel);
-            let attr = self.attr_of(&inode, &inode.data.read_nested());
             let taken = emit(entry, Some(&attr));
             taken_any |= taken == Emit::More;
             if taken == Emit::Full {
@@ -637,7 +662,7 @@ impl Fs {
         // call begins with the one that failed.
         match failed {
             Some(error) if !taken_any => Err(error),
-            _ => Ok(()),
+            _ => Ok(busy.filter(|_| !taken_any)),
         }
     }
 }

@@ -549,7 +549,11 @@ fn make(name: &'static str, args: &[&str], size: &str, end: End) -> Option<Base>
     let tree = scratch.path("tree");
     source(&tree);
     let from = ["-d", tree.to_str().unwrap(), "-N", "256"];
-    let image = scratch.try_mkfs(&[args, &from].concat(), size)?;
+    // The same image in each run, or a seed would mean nothing in the next.
+    let uuid = "4f1d6c52-7f0a-4b1e-9d3c-0a5b6c7d8e9f";
+    let hash_seed = format!("hash_seed={uuid}");
+    let fixed = ["-U", uuid, "-E", &hash_seed];
+    let image = scratch.try_mkfs(&[args, &from, &fixed].concat(), size)?;
     let path = scratch.path("indexed");
     image.save(&path).unwrap();
     run("e2fsck", &["-fyD"], &path);

@@ -8,13 +8,19 @@ use crate::storm::Random;
 /// Gives a damaged copy of the image.
 pub fn damage(base: &Base, random: &mut Random) -> Image {
     let mut image = base.image.clone();
-    let sealed = random.one_in(2);
+    let mut sealed = random.one_in(2);
     let mut touched = Vec::new();
     for _ in 0..=random.below(8) {
         let kind = random.below(base.kinds.len() as u64) as usize;
         let kind = &base.kinds[kind];
         let (block, role) = kind[random.below(kind.len() as u64) as usize];
         touched.push(block);
+        if random.one_in(12) {
+            free_in_use(base, &mut image, random, &mut touched);
+            // With a wrong count nobody would allocate there.
+            sealed = true;
+            continue;
+        }
         if random.one_in(12) {
             swap_or_copy(base, &mut image, block, random, &mut touched);
             continue;
@@ -33,6 +39,36 @@ pub fn damage(base: &Base, random: &mut Random) -> Image {
 fn any_block(base: &Base, random: &mut Random) -> u64 {
     let kind = &base.kinds[random.below(base.kinds.len() as u64) as usize];
     kind[random.below(kind.len() as u64) as usize].0
+}
+
+/// Lets a group offer little but what is in use.
+fn free_in_use(base: &Base, image: &mut Image, random: &mut Random, touched: &mut Vec<u64>) {
+    let geo = &base.geo;
+    let parts = Parts { geo, image };
+    let of_inodes = random.one_in(4);
+    let mut chosen = Vec::new();
+    for _ in 0..=random.below(6) {
+        chosen.push(if of_inodes {
+            geo.group_of_ino(base.inos[random.below(base.inos.len() as u64) as usize])
+        } else {
+            geo.group_of_block(any_block(base, random).max(1))
+        });
+    }
+    let Some(&(group, _)) = chosen.first() else {
+        return;
+    };
+    let field = if of_inodes { 4 } else { 0 };
+    let bitmap = u64::from(le32(&parts.desc(group), field));
+    if bitmap >= geo.blocks_count {
+        return;
+    }
+    let mut bytes = vec![255; geo.block_size as usize];
+    for &(_, index) in chosen.iter().filter(|it| it.0 == group) {
+        bytes[index as usize / 8] &= !(1 << (index % 8));
+    }
+    let at = parts.at(bitmap);
+    parts.image.write_at(at, &bytes);
+    touched.push(bitmap);
 }
 
 fn swap_or_copy(

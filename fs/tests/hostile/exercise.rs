@@ -81,16 +81,18 @@ pub fn exercise(name: &str, image: Image, seed: u64) -> Outcome {
 }
 
 fn use_and_leave(fs: Arc<Fs>, outcome: Outcome, random: &mut Random) -> Outcome {
-    let mut visit = Visit {
-        fs,
-        outcome,
-        seen: BTreeSet::new(),
-        dirs: Vec::new(),
-        files: Vec::new(),
-        names: Vec::new(),
-    };
+    let mut visit = Visit::new(fs, outcome);
     visit.look();
-    visit.change(random);
+    let mut other = Visit::new(visit.fs.clone(), Outcome::default());
+    // Then a seed that fails may have to be run more than once.
+    let by_two = random.one_in(4);
+    std::thread::scope(|scope| {
+        if by_two {
+            scope.spawn(|| other.look());
+        }
+        visit.change(random);
+    });
+    drop(other);
     // Else as a crash leaves it.
     if !random.one_in(6) {
         let unmounted = visit.fs.unmount();
@@ -100,6 +102,17 @@ fn use_and_leave(fs: Arc<Fs>, outcome: Outcome, random: &mut Random) -> Outcome 
 }
 
 impl Visit {
+    fn new(fs: Arc<Fs>, outcome: Outcome) -> Self {
+        Self {
+            fs,
+            outcome,
+            seen: BTreeSet::new(),
+            dirs: Vec::new(),
+            files: Vec::new(),
+            names: Vec::new(),
+        }
+    }
+
     fn note<T>(&mut self, res: FsResult<T>) -> Option<T> {
         match res {
             Ok(value) => {

@@ -1,6 +1,7 @@
 //! What the seeds found, each with the damaged place made directly.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -232,4 +233,83 @@ fn a_split_that_is_given_the_index_itself_is_refused() {
         damaged::<()>(Err(failed.unwrap()), what);
         fs.unmount().unwrap();
     }
+}
+
+/// Two directories, each in the other: their numbers.
+fn circle(base: &Base) -> (Arc<Fs>, u32, u32) {
+    let made = ino_of(base, "made");
+    let inner = ino_of(base, "made/inner");
+    let first = format!("{}-0", "n".repeat(150));
+    let fs = mounted(base, |parts| retarget(base, parts, &first, made));
+    assert_eq!(
+        fs.lookup(inner, first.as_bytes()).unwrap().unwrap().ino,
+        made
+    );
+    (fs, made, inner)
+}
+
+/// Until somebody who wants to change the directory holds up its readers.
+fn wait_for_writer(fs: &Arc<Fs>, dir: u32) {
+    let dir = fs.iget(dir).unwrap();
+    while dir.data.try_read().is_some() {
+        std::thread::yield_now();
+    }
+}
+
+/// Went wrong: two listings, each with the lock that the other waited for, behind somebody who
+/// waits for both.
+#[test]
+fn listings_of_directories_in_a_circle_do_not_wait_for_each_other() {
+    within(|| {
+        let base = named("ext4 1k");
+        let (fs, made, inner) = circle(&base);
+        let both = Arc::new(std::sync::Barrier::new(2));
+        let list = |dir: u32, other: u32| {
+            let (fs, both) = (fs.clone(), both.clone());
+            std::thread::spawn(move || {
+                let mut first = true;
+                fs.readdirplus(dir, 0, &mut |_, _| {
+                    if std::mem::take(&mut first) {
+                        both.wait();
+                        let writer = fs.clone();
+                        std::thread::spawn(move || writer.create(dir, b"new", FILE, 0, &ME));
+                        wait_for_writer(&fs, dir);
+                        wait_for_writer(&fs, other);
+                        both.wait();
+                    }
+                    fs::dir::Emit::More
+                })
+            })
+        };
+        let lists = [list(made, inner), list(inner, made)];
+        for list in lists {
+            list.join().unwrap().unwrap();
+        }
+    });
+}
+
+/// Went wrong: as above; a lookup kept the lock of its directory.
+#[test]
+fn a_lookup_waits_for_a_directory_without_a_lock() {
+    within(|| {
+        let base = named("ext4 1k");
+        let (fs, made, inner) = circle(&base);
+        let above = fs.iget(made).unwrap();
+        let before = above.lookups.load(Ordering::SeqCst);
+        let held = above.data.write();
+        let looker = {
+            let fs = fs.clone();
+            let name = format!("{}-0", "n".repeat(150));
+            std::thread::spawn(move || fs.lookup(inner, name.as_bytes()).unwrap().unwrap().ino)
+        };
+        while above.lookups.load(Ordering::SeqCst) == before {
+            std::thread::yield_now();
+        }
+        let maker = fs.clone();
+        let maker = std::thread::spawn(move || maker.create(inner, b"new", FILE, 0, &ME).map(drop));
+        maker.join().unwrap().unwrap();
+        drop(held);
+        assert_eq!(looker.join().unwrap(), made);
+        fs.unmount().unwrap();
+    });
 }
