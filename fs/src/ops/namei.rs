@@ -618,7 +618,9 @@ impl Fs {
         let (mut failed, mut busy, mut taken_any) = (None, None, false);
         dir::read(self, &dir, &data, cookie, &mut |entry| {
             if matches!(entry.name, b"." | b"..") {
-                return emit(entry, None);
+                let taken = emit(entry, None);
+                taken_any |= taken == Emit::More;
+                return taken;
             }
             if entry.ino == ino {
                 // Damage, told as a lookup tells it; its lock is held.
