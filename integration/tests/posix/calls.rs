@@ -174,7 +174,13 @@ pub fn tree(path: &str) -> Vec<String> {
         return found;
     };
     for entry in entries {
-        let entry = entry.unwrap();
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(error) => {
+                found.push(format!("{path}: {error}"));
+                break;
+            }
+        };
         let name = entry.file_name().to_string_lossy().into_owned();
         let path = format!("{path}/{name}");
         found.push(format!("{name:.20} {}", describe(&path)));

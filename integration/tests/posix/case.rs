@@ -214,7 +214,13 @@ pub fn listing(dir: &Path) -> Vec<(String, String)> {
     let mut todo = vec![dir.to_owned()];
     while let Some(at) = todo.pop() {
         for entry in std::fs::read_dir(&at).unwrap() {
-            let path = entry.unwrap().path();
+            let path = match entry {
+                Ok(entry) => entry.path(),
+                Err(error) => {
+                    found.push((at.display().to_string(), error.to_string()));
+                    break;
+                }
+            };
             let meta = path.symlink_metadata().unwrap();
             let kind = meta.file_type();
             let mut text = format!(

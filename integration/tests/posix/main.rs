@@ -63,6 +63,15 @@ const ALL: &[&[Case]] = &[
     locks::CASES,
 ];
 
+/// Those to which the format makes a difference.
+const OF_FORMAT: &[&[Case]] = &[
+    names::CASES,
+    moves::CASES,
+    opens::CASES,
+    times::CASES,
+    mapped::CASES,
+];
+
 /// What ours is compared with.
 enum Control {
     Ext4 { mount: KernelMount, _image: Image },
@@ -104,13 +113,13 @@ impl Control {
         }
     }
 
-    fn cases(&self, test: &str) -> Vec<&'static Case> {
+    fn cases(&self, test: &str, all: &'static [&[Case]]) -> Vec<&'static Case> {
         let can = |case: &&Case| match case.needs {
             Needs::Nothing => true,
             Needs::Root => is_root(),
             Needs::Ext4 => matches!(self, Self::Ext4 { .. }),
         };
-        let (can, cannot): (Vec<_>, Vec<_>) = ALL.iter().copied().flatten().partition(can);
+        let (can, cannot): (Vec<_>, Vec<_>) = all.iter().copied().flatten().partition(can);
         if !cannot.is_empty() {
             let names: Vec<_> = cannot.iter().map(|case| case.name).collect();
             skip(test, &format!("{} needs root or ext4", names.join(", ")));
@@ -132,7 +141,11 @@ fn compare(test: &str, options: &str, size: &str, grain: Grain) {
     let mount = image.mount("");
     let mut differences = Vec::new();
     let mut notes = 0;
-    for case in control.cases(test) {
+    let all = match grain {
+        Grain::Nanosecond => ALL,
+        Grain::Second => OF_FORMAT,
+    };
+    for case in control.cases(test, all) {
         let ours = case.run_in(&mount.dir, grain);
         let kernels = case.run_in(&control.dir(), grain);
         notes += kernels.len();
@@ -168,4 +181,10 @@ fn compare(test: &str, options: &str, size: &str, grain: Grain) {
 #[test]
 fn ext4() {
     compare("posix::ext4", "-t ext4", "256M", Grain::Nanosecond);
+}
+
+#[test]
+fn ext2_small_inodes() {
+    let options = "-t ext2 -b 1024 -I 128";
+    compare("posix::ext2_small_inodes", options, "256M", Grain::Second);
 }

@@ -173,7 +173,9 @@ fn every_way(out: &mut Out) {
             "hole" => handle.set_len(LEN as u64).unwrap(),
             _ => {
                 let mode = FallocateFlags::empty();
-                rustix::fs::fallocate(&handle, mode, 0, LEN as u64).unwrap();
+                let space = rustix::fs::fallocate(&handle, mode, 0, LEN as u64);
+                out.call(ground, space);
+                handle.set_len(LEN as u64).unwrap();
             }
         }
         let ways = Ways::new(ground);

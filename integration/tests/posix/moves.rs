@@ -28,6 +28,11 @@ pub const CASES: &[Case] = &[
         run: keeps,
     },
     Case {
+        name: "whiteouts",
+        needs: Needs::Ext4,
+        run: whiteouts,
+    },
+    Case {
         name: "directories_of_others",
         needs: Needs::Root,
         run: of_others,
@@ -168,6 +173,19 @@ fn keeps(out: &mut Out) {
     out.call("made through the open one", made);
     out.note("tree", tree("."));
     out.call("rmdir", rmdir("d"));
+}
+
+/// What was seen: a whiteout that is damage to whoever lists it. It had the number of a file that
+/// was deleted a moment before, and that was still in memory.
+fn whiteouts(out: &mut Out) {
+    for round in 0..300 {
+        let (from, to) = (format!("from{round}"), format!("to{round}"));
+        make(&from, b"", 0o644);
+        make(&to, b"", 0o644);
+        rename_with(&from, &to, RenameFlags::WHITEOUT).unwrap();
+        out.text(from.clone(), describe(&from));
+    }
+    out.note("all", tree("."));
 }
 
 /// Moving a directory to another parent changes its "..", so its owner's permission is needed.
