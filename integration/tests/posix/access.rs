@@ -114,7 +114,7 @@ fn directory_bits(out: &mut Out) {
 
 const NOW: Timespec = Timespec {
     tv_sec: 0,
-    tv_nsec: UTIME_NOW as i64,
+    tv_nsec: UTIME_NOW,
 };
 
 const ON_FILE: &[Call] = &[
@@ -262,7 +262,7 @@ fn on_the_way(out: &mut Out) {
     });
     chmod("open", 0).unwrap();
     let mut buf = [0; 4];
-    let read = OTHER.does(|| rustix::io::read(&read.unwrap(), &mut buf[..]));
+    let read = OTHER.does(|| rustix::io::read(read.unwrap(), &mut buf[..]));
     out.value("read of what was opened before", read);
     out.call(
         "opened after",

@@ -131,7 +131,7 @@ pub fn time(sec: i64, nsec: i64) -> Timespec {
 
 /// Leaves a time as it is.
 pub fn omit() -> Timespec {
-    time(0, UTIME_OMIT.into())
+    time(0, UTIME_OMIT)
 }
 
 /// utimensat(2).

@@ -230,14 +230,13 @@ fn new_with_umask(out: &mut Out) {
                 let make_all = |suffix: &'static str| {
                     let at = |name: &str| at(name) + suffix;
                     let file = open(&at("file"), OFlags::CREATE | OFlags::WRONLY, mode);
-                    let words = [
+                    [
                         word(&file),
                         word(&mkdir(&at("dir"), mode)),
                         word(&mkfifo(&at("fifo"), mode)),
                         word(&mknod(&at("node"), FileType::RegularFile, mode, 0)),
                         word(&symlink("x", &at("link"))),
-                    ];
-                    words
+                    ]
                 };
                 let by_root = make_all("");
                 let by_owner = OWNER.does(|| make_all("o"));

@@ -185,7 +185,7 @@ fn sizes(out: &mut Out) {
             out.text(format!("after write at {size}"), describe("f"));
         }
         let mode = rustix::fs::FallocateFlags::empty();
-        if size < 200_000 || size > 1 << 44 {
+        if !(200_000..=1 << 44).contains(&size) {
             out.call(
                 format!("fallocate to {size}"),
                 rustix::fs::fallocate(&handle, mode, 0, size),

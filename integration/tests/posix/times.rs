@@ -271,7 +271,7 @@ fn what_changes(out: &mut Out) {
 }
 
 fn who_sets(out: &mut Out) {
-    let now = time(0, UTIME_NOW.into());
+    let now = time(0, UTIME_NOW);
     let kinds = [
         ("both", time(10, 1), time(20, 2)),
         ("now", now, now),
@@ -283,7 +283,7 @@ fn who_sets(out: &mut Out) {
         ("neither", omit(), omit()),
         ("invalid", time(1, 1_000_000_000), time(1, 1)),
         ("negative", time(1, -1), time(1, 1)),
-        ("omit with seconds", time(99, UTIME_OMIT.into()), time(1, 1)),
+        ("omit with seconds", time(99, UTIME_OMIT), time(1, 1)),
     ];
     make("f", b"x", 0o644);
     mkdir("d", 0o755).unwrap();
