@@ -28,11 +28,6 @@ pub const CASES: &[Case] = &[
         run: keeps,
     },
     Case {
-        name: "whiteouts",
-        needs: Needs::Ext4,
-        run: whiteouts,
-    },
-    Case {
         name: "directories_of_others",
         needs: Needs::Root,
         run: of_others,
@@ -59,6 +54,8 @@ fn make_kind(kind: &str, path: &str) {
     }
 }
 
+/// Among what was seen: a whiteout that was damage to whoever listed it. It had the number of a file
+/// deleted a moment before, which was still in memory.
 fn every_kind(out: &mut Out) {
     let all = [
         ("plain", RenameFlags::empty()),
@@ -173,19 +170,6 @@ fn keeps(out: &mut Out) {
     out.call("made through the open one", made);
     out.note("tree", tree("."));
     out.call("rmdir", rmdir("d"));
-}
-
-/// What was seen: a whiteout that is damage to whoever lists it. It had the number of a file that
-/// was deleted a moment before, and that was still in memory.
-fn whiteouts(out: &mut Out) {
-    for round in 0..300 {
-        let (from, to) = (format!("from{round}"), format!("to{round}"));
-        make(&from, b"", 0o644);
-        make(&to, b"", 0o644);
-        rename_with(&from, &to, RenameFlags::WHITEOUT).unwrap();
-        out.text(from.clone(), describe(&from));
-    }
-    out.note("all", tree("."));
 }
 
 /// Moving a directory to another parent changes its "..", so its owner's permission is needed.
