@@ -21,6 +21,10 @@ use crate::journal::Journal;
 use crate::options::{MountOptions, OnError};
 use crate::orphan::Orphans;
 
+/// The first second that an inode can hold, and the last one that a large inode can.
+const FIRST_SECOND: i64 = i32::MIN as i64;
+const LAST_SECOND: i64 = i32::MAX as i64 + (3 << 32);
+
 /// The first or last error found, as the superblock records it.
 #[derive(Clone, Copy, Debug)]
 pub struct ErrorRecord {
@@ -100,10 +104,18 @@ impl Core {
     /// What an inode of this file system can hold of a time: the smallest ones hold whole seconds.
     #[must_use]
     pub fn storable(&self, time: Timespec) -> Timespec {
-        match self.geo.inode_size {
-            0..=128 => Timespec { nsec: 0, ..time },
-            _ => time,
-        }
+        let (last, nsec) = match self.geo.inode_size {
+            0..=128 => (i32::MAX.into(), 0),
+            _ => (LAST_SECOND, time.nsec),
+        };
+        let sec = time.sec.clamp(FIRST_SECOND, last);
+        // As the kernel's `timestamp_truncate`.
+        let nsec = if sec == FIRST_SECOND || sec == last {
+            0
+        } else {
+            nsec
+        };
+        Timespec { sec, nsec }
     }
 
     /// Notes that the file system is damaged, once in the log and for the superblock, does what

@@ -950,7 +950,9 @@ impl Fs {
             return Ok(0);
         }
         let (answer, wait) = answer_slot();
-        let origin = Origin::Direct { kill_priv: true };
+        let origin = Origin::Direct {
+            kill_priv: caller.uid != 0,
+        };
         self.write(to, to_offset, &bytes, origin, caller, Box::new(answer));
         wait.take()
     }

@@ -40,6 +40,14 @@ pub struct SetAttr {
     pub ctime: Option<Timespec>,
 }
 
+impl SetAttr {
+    /// Whether there is more than what an append brings: the kernel tells the times of one so.
+    fn changes_more_than_content(&self) -> bool {
+        let sets_atime = matches!(self.atime, Some(SetTime::At(_)));
+        self.mode.is_some() || self.uid.is_some() || self.gid.is_some() || sets_atime
+    }
+}
+
 /// What a write or a change of owner does to the set-user-id and set-group-id bits.
 pub(crate) fn drop_privileges(data: &mut InodeData) {
     if data.is_dir() {
@@ -80,6 +88,9 @@ impl Fs {
         }
         let mut data = inode.data.write();
         if data.flags.contains(InodeFlags::IMMUTABLE) {
+            return Err(FsError::NotPermitted);
+        }
+        if data.flags.contains(InodeFlags::APPEND) && set.changes_more_than_content() {
             return Err(FsError::NotPermitted);
         }
         let only_size = SetAttr {
@@ -190,23 +201,33 @@ impl Fs {
     pub fn readlink(&self, ino: u32) -> FsResult<Vec<u8>> {
         let inode = self.iget(ino)?;
         let data = inode.data.read();
+        let target = self.target(&inode, &data)?;
+        let touch = self.wants_atime(&data);
+        drop(data);
+        if touch {
+            self.touch_atime(&inode);
+        }
+        Ok(target)
+    }
+
+    fn target(&self, inode: &Inode, data: &InodeData) -> FsResult<Vec<u8>> {
         if !data.is_symlink() {
             return Err(FsError::Invalid);
         }
         let len = data.size as usize;
         if data.size == 0 || data.size > u64::from(self.geo.block_size) {
-            return Err(self.corrupt("symbolic link: i_size", 0, ino));
+            return Err(self.corrupt("symbolic link: i_size", 0, inode.ino));
         }
-        if self.is_fast_symlink(&data) {
+        if self.is_fast_symlink(data) {
             let target = data.block.get(..len);
             return match target {
                 Some(target) => Ok(target.to_vec()),
-                None => Err(self.corrupt("symbolic link: i_size", 0, ino)),
+                None => Err(self.corrupt("symbolic link: i_size", 0, inode.ino)),
             };
         }
-        let mapping = crate::inode::map::lookup(self, &inode, &data, 0, 1)?;
+        let mapping = crate::inode::map::lookup(self, inode, data, 0, 1)?;
         if mapping.kind != crate::inode::map::MapKind::Mapped {
-            return Err(self.corrupt("symbolic link: a hole", 0, ino));
+            return Err(self.corrupt("symbolic link: a hole", 0, inode.ino));
         }
         let buffer = self.bufs.read(mapping.pblk, bufio::no_check())?;
         let target = buffer.data()[..len].to_vec();

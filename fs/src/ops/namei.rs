@@ -512,6 +512,7 @@ impl Fs {
         self.check_below(entry.ino, [parent, parent])?;
         let inode = self.iget_named(entry.ino)?;
         let mut data = inode.data.write_nested();
+        check_removal(&dir_data, &data)?;
         match kind {
             FileKind::Other if inode.is_dir() => return Err(FsError::IsDirectory),
             FileKind::Directory if !inode.is_dir() => return Err(FsError::NotDirectory),
@@ -520,7 +521,6 @@ impl Fs {
             }
             _ => {}
         }
-        check_removal(&dir_data, &data)?;
         let handle = self
             .journal
             .start(dir::add_credits(self) + ORPHAN_CREDITS + 4)?;
@@ -585,7 +585,13 @@ impl Fs {
     ) -> FsResult {
         let dir = self.directory(ino)?;
         let data = dir.data.read();
-        dir::read(self, &dir, &data, cookie, emit)
+        dir::read(self, &dir, &data, cookie, emit)?;
+        let touch = cookie == 0 && self.wants_atime(&data);
+        drop(data);
+        if touch {
+            self.touch_atime(&dir);
+        }
+        Ok(())
     }
 
     /// As [`Self::readdir`], with the attributes of each entry but "." and "..", for which the
@@ -660,6 +666,11 @@ impl Fs {
             }
             taken
         })?;
+        let touch = cookie == 0 && self.wants_atime(&data);
+        drop(data);
+        if touch {
+            self.touch_atime(&dir);
+        }
         // With an error the kernel would not see the entries before it, nor give them back. The next
         // call begins with the one that failed.
         match failed {

@@ -318,16 +318,15 @@ impl Fs {
             rdev: 0,
         };
         let whiteout = self.make_inode(handle, names.old_dir, &parents.old, node, 0, caller)?;
+        let ino = whiteout.ino;
+        // A deleted inode of this number may not have left the memory yet.
+        self.inodes.insert(&whiteout);
+        drop(whiteout);
         let (dir, data, name) = (names.old_dir, &mut parents.old, names.old_name);
-        dir::set_entry(
-            self,
-            handle,
-            dir,
-            data,
-            name,
-            whiteout.ino,
-            dir::FileType::CharDevice,
-        )
+        let kind = dir::FileType::CharDevice;
+        let set = dir::set_entry(self, handle, dir, data, name, ino, kind);
+        self.inodes.drop_unused(ino);
+        set
     }
 
     fn exchange(
