@@ -5,6 +5,7 @@
 //! | `open` | opening, locking, finding out what the host can do |
 //! | `request` | what a bio is to a file, one system call after another |
 //! | `uring` | the engine over `io_uring` |
+//! | `fixed` | memory that the ring knows |
 //! | `threads` | the engine without |
 //!
 //! Direct I/O where the host allows it: it spares a copy and a second cache, and what a write left
@@ -17,6 +18,7 @@
 //! One `Queue` lock an engine; bios end without it. Bios end on threads of the engine, where
 //! nothing may be awaited.
 
+mod fixed;
 mod open;
 mod request;
 #[cfg(test)]
