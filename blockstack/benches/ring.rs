@@ -10,7 +10,9 @@
 //! - `thread` (unless told otherwise): one thread, which sleeps until a bio is back;
 //! - `ends`: the end of each bio submits the next;
 //! - `wait`: a thread that waits for each bio, `inline` the same where it may do the calls itself;
-//!   DEPTH of them.
+//!   DEPTH of them;
+//! - `beside`: a thread that waits for each bio, and is the one that counts, while DEPTH others are in
+//!   flight as with `ends`.
 //!
 //! Prints requests a second and the processor time of each in microseconds.
 #![expect(
@@ -166,14 +168,16 @@ fn main() {
         [depth, op, seconds, file] => (depth, op, seconds, file, "thread"),
         [depth, op, seconds, file, how] => (depth, op, seconds, file, how),
         _ => {
-            println!("SKIPPED: wants DEPTH read|write SECONDS FILE [thread|ends|wait|inline]");
+            println!(
+                "SKIPPED: wants DEPTH read|write SECONDS FILE [thread|ends|wait|inline|beside]"
+            );
             return;
         }
     };
     let depth: usize = depth.parse().unwrap();
     let options = OpenOptions {
         engine: Engine::Uring,
-        inline: how == "inline",
+        inline: matches!(how, "inline" | "beside"),
         ..OpenOptions::default()
     };
     let dev = FileDisk::open(file, options).unwrap();
@@ -194,6 +198,15 @@ fn main() {
                 let run = &run;
                 scope.spawn(move || wait(run, seed));
             }
+        }),
+        "beside" => std::thread::scope(|scope| {
+            let others = Arc::new(Run {
+                dev: run.dev.clone(),
+                done: AtomicU64::new(0),
+                ..*run
+            });
+            scope.spawn(move || ends(&others, depth));
+            wait(&run, u64::MAX);
         }),
         other => panic!("{other}: no such way to submit"),
     }

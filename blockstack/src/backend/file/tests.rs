@@ -426,6 +426,64 @@ fn a_ring_knows_the_memory_of_the_shared_pool_and_of_no_other() {
 }
 
 #[test]
+fn a_thread_that_waits_beside_its_own_bios_does_the_call_itself() {
+    type Ended = std::sync::mpsc::Sender<(std::thread::ThreadId, Bio, BlkResult)>;
+    #[derive(Default)]
+    struct Pad(Option<Ended>);
+    fn end(mut bio: Bio, res: BlkResult) {
+        let ended = bio.pad_mut::<Pad>().0.take().unwrap();
+        ended.send((std::thread::current().id(), bio, res)).unwrap();
+    }
+    let file = image(1 << 20);
+    let options = OpenOptions {
+        engine: Engine::Uring,
+        ..OpenOptions::default()
+    };
+    let dev: DynDevice = FileDisk::open(file.path(), options).unwrap();
+    let others = BioSet::<TallyPad>::new("others", 8);
+    let set = BioSet::<Pad>::new("test", 1);
+    let me = std::thread::current().id();
+    let cases = [
+        (Op::Write, BioFlags::empty(), true),
+        (Op::Read, BioFlags::empty(), true),
+        // A sync would not be done by the thread in a ring either.
+        (Op::Write, BioFlags::FUA, false),
+    ];
+    for round in 0..100u8 {
+        for (op, flags, here) in cases {
+            let done = Tally::new(8);
+            let plug = Plug::new();
+            for place in 8..16 {
+                let mut bio = others.alloc(Op::Write, Wait::Yes).unwrap();
+                bio.pad_mut::<TallyPad>().0 = Some(done.clone());
+                bio.set_end_io(tally);
+                bio.set_dev(dev.clone(), Sector::new(place * 8));
+                bio.push(PagePool::shared().alloc(4096).unwrap()).unwrap();
+                submit_bio(bio);
+            }
+            // Those are held back, and so in flight for certain when this one comes.
+            let (ended, told) = channel();
+            let mut bio = set.alloc(op, Wait::Yes).unwrap();
+            bio.pad_mut::<Pad>().0 = Some(ended);
+            bio.set_end_io(end);
+            bio.set_dev(dev.clone(), Sector::new(u64::from(round) % 8));
+            bio.set_flags(flags);
+            let mut buf = PagePool::shared().alloc(512).unwrap();
+            buf.fill(if op == Op::Write { round } else { !round });
+            bio.push(buf).unwrap();
+            crate::submit::submit_and_stay(bio);
+            drop(plug);
+            let (thread, mut bio, res) = told.recv().unwrap();
+            res.unwrap();
+            assert_eq!(thread == me, here, "{op:?} {flags:?}");
+            assert!(bio.take_buf().unwrap().iter().all(|&byte| byte == round));
+            drop(bio);
+            assert_eq!(done.wait(), 0);
+        }
+    }
+}
+
+#[test]
 fn what_the_end_of_a_bio_submits_is_sent() {
     #[derive(Default)]
     struct Pad(u32, Option<DynDevice>, Option<Arc<Tally>>);
