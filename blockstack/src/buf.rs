@@ -28,7 +28,7 @@ pub const ALIGN: usize = 4096;
 /// Sizes of chunks, in bytes.
 const CLASSES: [usize; 7] = [4096, 8192, 16384, 65536, 262_144, 1_048_576, 2_097_152];
 /// What is mapped at a time.
-const ARENA: usize = 2 << 20;
+pub(crate) const ARENA: usize = 2 << 20;
 /// The largest buffer that can be had, in bytes.
 pub const MAX_BUF: usize = CLASSES[CLASSES.len() - 1];
 
@@ -187,6 +187,12 @@ impl PagePool {
         let mut buf = self.alloc(len)?;
         buf.fill(0);
         Ok(buf)
+    }
+
+    /// Whether one of the pool's arenas begins at `base`.
+    pub(crate) fn has_arena(&self, base: usize) -> bool {
+        let begins = |map: &MmapMut| map.as_ptr().addr().next_multiple_of(ARENA) == base;
+        self.0.arenas.lock().maps.iter().any(begins)
     }
 
     fn carve(&self, class: usize) -> Result<Chunk, BlkError> {

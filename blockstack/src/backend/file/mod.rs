@@ -5,6 +5,8 @@
 //! | `open` | opening, locking, finding out what the host can do |
 //! | `request` | what a bio is to a file, one system call after another |
 //! | `uring` | the engine over `io_uring` |
+//! | `own_ring` | a ring for a thread that waits |
+//! | `fixed` | memory that the ring knows |
 //! | `threads` | the engine without |
 //!
 //! Direct I/O where the host allows it: it spares a copy and a second cache, and what a write left
@@ -17,7 +19,9 @@
 //! One `Queue` lock an engine; bios end without it. Bios end on threads of the engine, where
 //! nothing may be awaited.
 
+mod fixed;
 mod open;
+mod own_ring;
 mod request;
 #[cfg(test)]
 #[cfg(not(miri))]
@@ -39,7 +43,7 @@ use crate::units::SectorCount;
 
 pub use open::{Engine, OpenError, OpenErrorKind, OpenOptions};
 use request::{Caps, Via};
-use threads::Threads;
+use threads::{Itself, Threads};
 use uring::Uring;
 
 /// Descriptors of one image, and what can be done with them.
@@ -65,10 +69,13 @@ enum Running {
 }
 
 impl Running {
-    fn is_idle(&self) -> bool {
+    /// How a thread that only waits for `bio` can do its calls itself.
+    fn itself(&self, bio: &Bio) -> Option<Itself> {
         match self {
-            Self::Uring(engine) => engine.is_idle(),
-            Self::Threads(_) => true,
+            Self::Uring(engine) if !engine.is_idle() => {
+                own_ring::suits(bio).then_some(Itself::Beside)
+            }
+            Self::Uring(_) | Self::Threads(_) => Some(Itself::Alone),
         }
     }
 }
@@ -173,8 +180,11 @@ impl BlockDevice for FileDisk {
     }
 
     fn submit(&self, bio: Bio) {
-        if self.inline && self.engine.is_idle() && crate::submit::may_stay() {
-            threads::run_here(&self.files, bio);
+        if self.inline
+            && let Some(how) = self.engine.itself(&bio)
+            && crate::submit::may_stay()
+        {
+            threads::run_here(&self.files, bio, how);
             return;
         }
         match &self.engine {

@@ -383,3 +383,142 @@ fn qemu_and_we_exclude_each_other() {
         drop(held);
     }
 }
+
+/// Writes and reads through a ring, of which the file has the last word.
+fn round_trip(dev: &DynDevice, file: &tempfile::NamedTempFile, pool: &PagePool, byte: u8) {
+    let mut buf = pool.alloc(4096).unwrap();
+    buf.fill(byte);
+    let mut buf = write_wait(dev, Sector::new(8), buf, BioFlags::empty()).unwrap();
+    let mut bytes = [0; 4096];
+    file.as_file().read_exact_at(&mut bytes, 4096).unwrap();
+    assert!(bytes.iter().all(|&is| is == byte), "not what was written");
+    buf.fill(0);
+    let buf = read_wait(dev, Sector::new(8), buf).unwrap();
+    assert!(buf.iter().all(|&is| is == byte), "not what is there");
+}
+
+#[test]
+fn a_ring_knows_the_memory_of_the_shared_pool_and_of_no_other() {
+    let file = image(1 << 20);
+    let options = OpenOptions {
+        engine: Engine::Uring,
+        inline: false,
+        ..OpenOptions::default()
+    };
+    let disk = FileDisk::open(file.path(), options).unwrap();
+    let super::Running::Uring(engine) = &disk.engine else {
+        panic!("no ring");
+    };
+    let dev: DynDevice = disk.clone();
+    round_trip(&dev, &file, PagePool::shared(), 99);
+    // A user who may lock little memory gets by without.
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+    let root = rustix::process::geteuid().is_root();
+    let known = usize::from(root || limit.is_none_or(|limit| limit >= 32 << 20));
+    assert_eq!(engine.arenas_known(), known);
+    // Each pool's memory goes with it, and its address comes back with the next one's: had the ring
+    // kept the pages of the first, it would move those.
+    for byte in 1..50 {
+        let pool = PagePool::new(1);
+        round_trip(&dev, &file, &pool, byte);
+    }
+    assert_eq!(engine.arenas_known(), known);
+}
+
+#[test]
+fn a_thread_that_waits_beside_its_own_bios_does_the_call_itself() {
+    type Ended = std::sync::mpsc::Sender<(std::thread::ThreadId, Bio, BlkResult)>;
+    #[derive(Default)]
+    struct Pad(Option<Ended>);
+    fn end(mut bio: Bio, res: BlkResult) {
+        let ended = bio.pad_mut::<Pad>().0.take().unwrap();
+        ended.send((std::thread::current().id(), bio, res)).unwrap();
+    }
+    let file = image(1 << 20);
+    let options = OpenOptions {
+        engine: Engine::Uring,
+        ..OpenOptions::default()
+    };
+    let dev: DynDevice = FileDisk::open(file.path(), options).unwrap();
+    let others = BioSet::<TallyPad>::new("others", 8);
+    let set = BioSet::<Pad>::new("test", 1);
+    let me = std::thread::current().id();
+    let cases = [
+        (Op::Write, BioFlags::empty(), true),
+        (Op::Read, BioFlags::empty(), true),
+        // A sync would not be done by the thread in a ring either.
+        (Op::Write, BioFlags::FUA, false),
+    ];
+    for round in 0..100u8 {
+        for (op, flags, here) in cases {
+            let done = Tally::new(8);
+            let plug = Plug::new();
+            for place in 8..16 {
+                let mut bio = others.alloc(Op::Write, Wait::Yes).unwrap();
+                bio.pad_mut::<TallyPad>().0 = Some(done.clone());
+                bio.set_end_io(tally);
+                bio.set_dev(dev.clone(), Sector::new(place * 8));
+                bio.push(PagePool::shared().alloc(4096).unwrap()).unwrap();
+                submit_bio(bio);
+            }
+            // Those are held back, and so in flight for certain when this one comes.
+            let (ended, told) = channel();
+            let mut bio = set.alloc(op, Wait::Yes).unwrap();
+            bio.pad_mut::<Pad>().0 = Some(ended);
+            bio.set_end_io(end);
+            bio.set_dev(dev.clone(), Sector::new(u64::from(round) % 8));
+            bio.set_flags(flags);
+            let mut buf = PagePool::shared().alloc(512).unwrap();
+            buf.fill(if op == Op::Write { round } else { !round });
+            bio.push(buf).unwrap();
+            crate::submit::submit_and_stay(bio);
+            drop(plug);
+            let (thread, mut bio, res) = told.recv().unwrap();
+            res.unwrap();
+            assert_eq!(thread == me, here, "{op:?} {flags:?}");
+            assert!(bio.take_buf().unwrap().iter().all(|&byte| byte == round));
+            drop(bio);
+            assert_eq!(done.wait(), 0);
+        }
+    }
+}
+
+#[test]
+fn what_the_end_of_a_bio_submits_is_sent() {
+    #[derive(Default)]
+    struct Pad(u32, Option<DynDevice>, Option<Arc<Tally>>);
+    fn end(mut bio: Bio, res: BlkResult) {
+        res.unwrap();
+        let Pad(left, dev, done) = std::mem::take(bio.pad_mut::<Pad>());
+        if left > 0 {
+            bio.reset(Op::Flush);
+            *bio.pad_mut::<Pad>() = Pad(left - 1, dev.clone(), done);
+            bio.set_end_io(end);
+            bio.set_dev(dev.unwrap(), Sector::ZERO);
+            submit_bio(bio);
+            return;
+        }
+        drop((bio, dev));
+        let done = done.unwrap();
+        *done.left.lock_nested() -= 1;
+        done.zero.notify_all();
+    }
+    for mut options in every_way() {
+        let file = image(1 << 20);
+        // Fewer places than bios, and as many.
+        for depth in [2, 8] {
+            options.queue_depth = depth;
+            let dev: DynDevice = FileDisk::open(file.path(), options).unwrap();
+            let set = BioSet::<Pad>::new("test", 8);
+            let done = Tally::new(8);
+            for _ in 0..8 {
+                let mut bio = set.alloc(Op::Flush, Wait::Yes).unwrap();
+                *bio.pad_mut::<Pad>() = Pad(20, Some(dev.clone()), Some(done.clone()));
+                bio.set_end_io(end);
+                bio.set_dev(dev.clone(), Sector::ZERO);
+                submit_bio(bio);
+            }
+            assert_eq!(done.wait(), 0);
+        }
+    }
+}

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
+use super::own_ring;
 use super::request::{Request, Step, Via};
 use super::{Files, finish};
 use crate::bio::{Bio, Part};
@@ -90,11 +91,23 @@ thread_local! {
     static OWN: Cell<Option<Box<Request>>> = const { Cell::new(None) };
 }
 
+/// How a thread that waits does the calls itself.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Itself {
+    /// By plain calls: nothing that it sent is in flight.
+    Alone,
+    /// So that the system can tell it the ends of what it sent before.
+    Beside,
+}
+
 /// Does a bio's calls on the thread that submitted it, which would wait for it anyway.
-pub(super) fn run_here(files: &Files, bio: Bio) {
+pub(super) fn run_here(files: &Files, bio: Bio, how: Itself) {
     let mut request = OWN.take().unwrap_or_default();
     request.begin(bio);
-    let res = request.run(files, call_or_block);
+    let res = match how {
+        Itself::Alone => request.run(files, call_or_block),
+        Itself::Beside => request.run(files, ring_or_block),
+    };
     if let Some(bio) = request.take() {
         OWN.set(Some(request));
         bio.complete(res);
@@ -122,6 +135,12 @@ fn call_or_block(files: &Files, step: Step, parts: &[Part]) -> i64 {
         _ => {}
     }
     crate::sync::blocking(|| call(files, step, parts))
+}
+
+/// As [`call_or_block`], by a ring of the thread's own.
+fn ring_or_block(files: &Files, step: Step, parts: &[Part]) -> i64 {
+    let by_ring = crate::sync::blocking(|| own_ring::call(files, step, parts));
+    by_ring.unwrap_or_else(|| call_or_block(files, step, parts))
 }
 
 /// Does a bio's calls on a thread of the engine and ends it.

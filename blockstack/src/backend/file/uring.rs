@@ -1,7 +1,8 @@
 //! The engine that hands calls to the system through an `io_uring`.
 //!
 //! Whoever submits a bio queues its first call under the queue lock and enters the ring (unless
-//! plugged). A reaper thread takes completions, queues what a request needs next, and ends bios.
+//! plugged). A reaper thread takes completions, queues what a request needs next, and ends bios. What
+//! their ends submit it enters itself: a few together, the last of them with its next wait.
 //! At most `depth` requests are in flight; what comes beyond waits in a list, in order.
 //!
 //! A [lowered](crate::sched::lower) thread does not enter the ring: the system would report the ends
@@ -12,6 +13,7 @@
 //! queued until its completion was reaped. The reaper holds the engine, and leaves only when no
 //! slot is taken.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -22,6 +24,7 @@ use std::time::Duration;
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::fixed::Fixed;
 use super::request::{Request, Step, Via};
 use super::{Files, finish};
 use crate::bio::Bio;
@@ -33,14 +36,25 @@ use crate::sync::{Mutex, Rank};
 const WAKE: u64 = u64::MAX;
 /// `user_data` of the poll for nudges.
 const NUDGE: u64 = u64::MAX - 1;
+/// So many bios the reaper ends, at most, before it enters what the first of them queued. Fewer cost
+/// more system calls; with more, a host that does one call after another runs dry meanwhile.
+const LATE_AT_MOST: u32 = 4;
 /// Places of the descriptors in the ring's table.
 const DIRECT: types::Fixed = types::Fixed(0);
 const CACHED: types::Fixed = types::Fixed(1);
+
+thread_local! {
+    /// The engine whose reaper the thread is. It enters what is queued before it sleeps.
+    static REAPS: Cell<usize> = const { Cell::new(0) };
+    /// Of a reaper: whether calls were left for then.
+    static LATE: Cell<bool> = const { Cell::new(false) };
+}
 
 struct State {
     slots: Vec<Request>,
     free: Vec<u32>,
     overflow: VecDeque<Bio>,
+    fixed: Fixed,
     stop: bool,
 }
 
@@ -76,6 +90,7 @@ impl Uring {
                     slots: (0..depth).map(|_| Request::default()).collect(),
                     free: (0..depth).rev().collect(),
                     overflow: VecDeque::new(),
+                    fixed: Fixed::new(&ring),
                     stop: false,
                 },
             ),
@@ -93,6 +108,12 @@ impl Uring {
             .name("blk-reaper".into())
             .spawn(move || reaper.reap())?;
         Ok((engine, thread))
+    }
+
+    /// Arenas of memory that the ring knows.
+    #[cfg(test)]
+    pub(super) fn arenas_known(&self) -> usize {
+        self.state.lock().fixed.known()
     }
 
     /// Whether nothing is in flight. A thread that has calls in flight must not sleep in a call of
@@ -166,10 +187,16 @@ impl Uring {
             Step::Read { via, offset } => match request.parts.as_slice() {
                 [part] => {
                     // `limit` keeps a part far below 4 GiB.
+                    let len = part.len as u32;
                     let addr = std::ptr::with_exposed_provenance_mut(part.addr);
-                    opcode::Read::new(fixed(via), addr, part.len as u32)
-                        .offset(offset)
-                        .build()
+                    match state.fixed.index(&self.ring, part.addr) {
+                        Some(index) => opcode::ReadFixed::new(fixed(via), addr, len, index)
+                            .offset(offset)
+                            .build(),
+                        None => opcode::Read::new(fixed(via), addr, len)
+                            .offset(offset)
+                            .build(),
+                    }
                 }
                 parts => opcode::Readv::new(fixed(via), parts.as_ptr().cast(), parts.len() as u32)
                     .offset(offset)
@@ -179,11 +206,18 @@ impl Uring {
                 let flags = if dsync { libc::RWF_DSYNC } else { 0 };
                 match request.parts.as_slice() {
                     [part] => {
+                        let len = part.len as u32;
                         let addr = std::ptr::with_exposed_provenance(part.addr);
-                        opcode::Write::new(fixed(via), addr, part.len as u32)
-                            .offset(offset)
-                            .rw_flags(flags)
-                            .build()
+                        match state.fixed.index(&self.ring, part.addr) {
+                            Some(index) => opcode::WriteFixed::new(fixed(via), addr, len, index)
+                                .offset(offset)
+                                .rw_flags(flags)
+                                .build(),
+                            None => opcode::Write::new(fixed(via), addr, len)
+                                .offset(offset)
+                                .rw_flags(flags)
+                                .build(),
+                        }
                     }
                     parts => {
                         opcode::Writev::new(fixed(via), parts.as_ptr().cast(), parts.len() as u32)
@@ -215,8 +249,14 @@ impl Uring {
         }
     }
 
+    /// To know it from others.
+    fn id(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+
     fn reap(&self) {
         crate::sync::mark_completion_thread();
+        REAPS.set(self.id());
         let mut ended: Vec<(Bio, BlkResult)> = Vec::with_capacity(64);
         loop {
             self.wait();
@@ -240,12 +280,19 @@ impl Uring {
                 }
                 state.stop && state.free.len() == state.slots.len() && state.overflow.is_empty()
             };
-            if queued {
-                self.kick();
-            }
             self.busy.fetch_sub(ended.len(), Ordering::Relaxed);
+            if queued && !ended.is_empty() {
+                self.enter();
+            }
+            let mut late = 0;
             for (bio, res) in ended.drain(..) {
                 finish(bio, res);
+                late += u32::from(LATE.get());
+                if late == LATE_AT_MOST {
+                    late = 0;
+                    LATE.set(false);
+                    self.enter();
+                }
             }
             if leave {
                 return;
@@ -318,8 +365,9 @@ impl Uring {
         }
     }
 
-    /// Sleeps until there is a completion.
+    /// Enters what is queued and sleeps until there is a completion.
     fn wait(&self) {
+        LATE.set(false);
         if let Err(error) = self.ring.submit_and_wait(1) {
             self.trouble(&error);
         }
@@ -340,6 +388,10 @@ impl Uring {
 
 impl Kick for Uring {
     fn kick(&self) {
+        if REAPS.get() == self.id() {
+            LATE.set(true);
+            return;
+        }
         // Any number will do; where the sum of many that nobody took yet is too large, so will none.
         let number = [1, 0, 0, 0, 0, 0, 0, 0];
         let nudged = crate::sched::is_lowered() && rustix::io::write(&self.nudge, &number).is_ok();
