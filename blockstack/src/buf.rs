@@ -5,10 +5,15 @@
 //! I/O path neither allocates from the heap nor maps memory after warm-up. A [`Buf`] owns one chunk
 //! alone. While a bio carries it, the bio's [`Segment`]s name parts of it: see the invariant there.
 //!
+//! Checkers of memory cannot see inside a map who leaves his chunk, or uses one that was given back.
+//! For them (Miri; valgrind in a build with `--cfg apart`) each chunk is an allocation of its own,
+//! and one that comes back is freed and allocated anew. `contrib/sanitize` runs both.
+//!
 //! # Locking
 //!
 //! One leaf lock a size class, held for a push or a pop.
 
+use std::alloc::Layout;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -32,6 +37,9 @@ pub(crate) const ARENA: usize = 2 << 20;
 /// The largest buffer that can be had, in bytes.
 pub const MAX_BUF: usize = CLASSES[CLASSES.len() - 1];
 
+/// Whether each chunk is an allocation of its own.
+const APART: bool = cfg!(any(miri, apart));
+
 struct Chunk {
     ptr: NonNull<u8>,
 }
@@ -40,6 +48,31 @@ struct Chunk {
 // the bytes, and it is moved, never shared.
 #[expect(unsafe_code, reason = "aligned memory is what this module is for")]
 unsafe impl Send for Chunk {}
+
+/// How chunks are allocated where they are [`APART`].
+fn layout(size: usize) -> Option<Layout> {
+    Layout::from_size_align(size, ALIGN).ok()
+}
+
+impl Chunk {
+    #[expect(unsafe_code, reason = "aligned memory is what this module is for")]
+    fn apart(size: usize) -> Option<Self> {
+        let layout = layout(size).filter(|layout| layout.size() > 0)?;
+        // SAFETY: the size is not zero, checked above.
+        let ptr = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
+        Some(Self { ptr })
+    }
+
+    /// Gives back what [`Self::apart`] allocated with the same size.
+    #[expect(unsafe_code, reason = "aligned memory is what this module is for")]
+    fn free_apart(self, size: usize) {
+        if let Some(layout) = layout(size) {
+            // SAFETY: where chunks are apart, each is from `apart` with the size of its class, and
+            // the value, which is consumed, was the only one.
+            unsafe { std::alloc::dealloc(self.ptr.as_ptr(), layout) };
+        }
+    }
+}
 
 struct Arenas {
     maps: Vec<MmapMut>,
@@ -54,6 +87,9 @@ impl Arenas {
     /// The `size` bytes from `offset` on in the last map.
     #[expect(unsafe_code, reason = "aligned memory is what this module is for")]
     fn chunk(&self, offset: usize, size: usize) -> Option<Chunk> {
+        if APART {
+            return Chunk::apart(size);
+        }
         let base = self.base.as_ref()?;
         assert!(offset + size <= ARENA, "chunk outside its map");
         // SAFETY: `ARENA` bytes from `base` on belong to a map that lives as long as the pool, and
@@ -202,18 +238,16 @@ impl PagePool {
             if self.0.mapped.load(Ordering::Relaxed) + ARENA > self.0.limit {
                 return Err(BlkError::NoMemory);
             }
-            // Twice as much, so that an aligned arena lies in it; what is not touched costs nothing.
-            let mut map = MmapMut::map_anon(2 * ARENA).map_err(|error| {
-                log::error!("page pool: cannot map {ARENA} bytes: {error}");
-                BlkError::NoMemory
-            })?;
+            let map = if APART { None } else { Some(map_arena()?) };
             // What is left of the last arena goes to the smaller classes.
             let rest = arenas.used;
             if rest < ARENA {
                 self.recycle_tail(&arenas, rest);
             }
-            arenas.base = aligned_arena(&mut map);
-            arenas.maps.push(map);
+            if let Some(mut map) = map {
+                arenas.base = aligned_arena(&mut map);
+                arenas.maps.push(map);
+            }
             arenas.used = 0;
             self.0.mapped.fetch_add(ARENA, Ordering::Relaxed);
         }
@@ -235,13 +269,33 @@ impl PagePool {
     }
 }
 
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if !APART {
+            return;
+        }
+        for (class, &size) in CLASSES.iter().enumerate() {
+            for chunk in self.free[class].lock_nested().chunks.drain(..) {
+                chunk.free_apart(size);
+            }
+        }
+    }
+}
+
+/// Twice an arena, so that an aligned one lies in it; what is not touched costs nothing.
+fn map_arena() -> Result<MmapMut, BlkError> {
+    MmapMut::map_anon(2 * ARENA).map_err(|error| {
+        log::error!("page pool: cannot map {ARENA} bytes: {error}");
+        BlkError::NoMemory
+    })
+}
+
 /// The part of a map that is one huge page, if the kernel likes.
 #[expect(unsafe_code, reason = "aligned memory is what this module is for")]
 fn aligned_arena(map: &mut MmapMut) -> Option<Chunk> {
     let start = map.as_mut_ptr();
     let skip = start.align_offset(ARENA);
     // Only a wish: without it the pages are small.
-    #[cfg(not(miri))]
     if skip < ARENA
         && let Err(error) = map.advise_range(memmap2::Advice::HugePage, skip, ARENA)
     {
@@ -326,8 +380,15 @@ impl DerefMut for Buf {
 
 impl Drop for Buf {
     fn drop(&mut self) {
+        let mut chunk = Chunk { ptr: self.ptr };
+        if APART {
+            // The new one first, lest the old one's address is had again.
+            if let Some(new) = Chunk::apart(self.capacity()) {
+                std::mem::replace(&mut chunk, new).free_apart(self.capacity());
+            }
+        }
         let mut free = self.pool.free[self.class].lock_nested();
-        free.chunks.push(Chunk { ptr: self.ptr });
+        free.chunks.push(chunk);
         free.live -= 1;
         if free.waiting > 0 {
             drop(free);

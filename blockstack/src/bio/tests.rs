@@ -1,4 +1,6 @@
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -89,6 +91,46 @@ fn the_owner_hears_after_the_last_piece_and_of_the_first_error() {
     piece.complete(Ok(()));
     rest.complete(Ok(()));
     assert_eq!(*log.lock(), [(Ok(()), 1)]);
+}
+
+/// Nothing but the count of pieces orders what one thread read into its piece before what another
+/// does as the owner: the flag only tells who is last. ThreadSanitizer reports a count that does not.
+#[test]
+fn the_owner_sees_what_each_piece_read() {
+    fn look(mut bio: Bio, res: BlkResult) {
+        let log = bio.pad_mut::<LogPad>().0.take().unwrap();
+        let buf = bio.take_buf().unwrap();
+        let read = buf.iter().filter(|&&byte| byte == 7).count();
+        log.lock().push((res, read));
+    }
+    let (set, pieces) = (BioSet::new("test", 1), BioSet::new("pieces", 1));
+    let (mut rest, log) = bio(&set, Op::Read, 4096, Some(&disk()));
+    rest.set_end_io(look);
+    let mut front = rest.split(SectorCount::new(3), &pieces, Wait::Yes).unwrap();
+    let (front_ended, over) = (AtomicBool::new(false), AtomicBool::new(false));
+    let wait_for = |flag: &AtomicBool| {
+        let begun = Instant::now();
+        while !flag.load(Ordering::Relaxed) {
+            assert!(begun.elapsed() < Duration::from_secs(60), "stuck");
+            std::thread::yield_now();
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            front.fill_each(|_, bytes| bytes.fill(7));
+            front.complete(Ok(()));
+            front_ended.store(true, Ordering::Relaxed);
+            // The end of a thread is an order too.
+            wait_for(&over);
+        });
+        scope.spawn(|| {
+            rest.fill_each(|_, bytes| bytes.fill(7));
+            wait_for(&front_ended);
+            rest.complete(Ok(()));
+            over.store(true, Ordering::Relaxed);
+        });
+    });
+    assert_eq!(*log.lock(), [(Ok(()), 4096)]);
 }
 
 #[test]
