@@ -3,8 +3,8 @@
 //! A [`Bio`] is owned, moved from layer to layer, and ends exactly once: by [`Bio::complete`], or,
 //! if it is dropped, with [`BlkError::Io`] and a line in the log. It comes from a
 //! [`BioSet`] and goes back there, with the memory of its lists, when it is over.
-//! The set's type parameter is the caller's data for each bio, the *front pad*; it lies in the same
-//! allocation and is reached by [`Bio::pad_mut`].
+//! The set's type parameter is the caller's data for each bio, the *front pad*; it is
+//! allocated with the bio and is reached by [`Bio::pad_mut`].
 //!
 //! # Splitting
 //!

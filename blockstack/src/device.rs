@@ -8,7 +8,7 @@ use crossbeam_utils::CachePadded;
 
 use crate::bio::{Bio, Op};
 use crate::error::BlkResult;
-use crate::lane::{SLOTS, thread_slot};
+use crate::lane::{SLOTS, add, thread_slot};
 use crate::units::SectorCount;
 
 /// What a device can do; stacks from the bottom up.
@@ -159,22 +159,14 @@ impl Default for Stats {
 /// A thread's counters.
 struct Mine<'a> {
     counts: &'a Counts,
-    alone: bool,
+    slot: usize,
 }
 
 impl Mine<'_> {
     /// Adds, and gives what was there before.
     #[inline]
     fn add(&self, counter: fn(&Counts) -> &AtomicU64, n: u64) -> u64 {
-        let counter = counter(self.counts);
-        if self.alone {
-            // Nobody else writes it.
-            let before = counter.load(Ordering::Relaxed);
-            counter.store(before.wrapping_add(n), Ordering::Relaxed);
-            before
-        } else {
-            counter.fetch_add(n, Ordering::Relaxed)
-        }
+        add(counter(self.counts), self.slot, n)
     }
 }
 
@@ -208,7 +200,7 @@ impl Stats {
         let slot = thread_slot();
         Mine {
             counts: &self.counts[slot.min(SLOTS)],
-            alone: slot < SLOTS,
+            slot,
         }
     }
 

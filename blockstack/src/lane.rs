@@ -98,6 +98,19 @@ fn take_slot() -> usize {
     slot
 }
 
+/// Adds to a counter of the thread that has `slot`, and gives what was there before.
+#[inline]
+pub(crate) fn add(counter: &AtomicU64, slot: usize, n: u64) -> u64 {
+    if slot < SLOTS {
+        // Nobody else writes it: no need to lock the line.
+        let before = counter.load(Ordering::Relaxed);
+        counter.store(before.wrapping_add(n), Ordering::Relaxed);
+        before
+    } else {
+        counter.fetch_add(n, Ordering::Relaxed)
+    }
+}
+
 /// A count on whose account no two threads meet.
 #[derive(Debug)]
 pub struct Count(Box<[CachePadded<AtomicU64>]>);
@@ -107,13 +120,7 @@ impl Count {
     #[inline]
     pub fn add_one(&self) {
         let slot = thread_slot();
-        let count = &self.0[slot];
-        if slot < SLOTS {
-            // Nobody else writes it: no need to lock the line.
-            count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-        } else {
-            count.fetch_add(1, Ordering::Relaxed);
-        }
+        add(&self.0[slot], slot, 1);
     }
 
     /// The count of all threads.

@@ -108,6 +108,21 @@ impl<T: Target> Typed<T> {
         })
     }
 
+    /// Has the target map a bio that knows whose it is, and sends it on or puts it off.
+    fn map_told(&self, bio: Bio) {
+        match self.target.map(DmBio::new(bio)) {
+            MapResult::Remapped(bio) => submit_bio(bio.bio),
+            MapResult::Taken => {}
+            MapResult::Requeue(mut bio) => {
+                let origin = bio.bio.pad_mut::<Tio<T::PerBio>>().origin.take();
+                drop(bio);
+                if let Some(Origin { whose, live, .. }) = origin {
+                    put_off(live, whose);
+                }
+            }
+        }
+    }
+
     /// How many bios of the row's own set of duplicates one bio needs.
     fn most_legs(&self) -> usize {
         let several = |op| Some(self.target.duplicates(op)).filter(|&count| count > 1);
@@ -191,7 +206,9 @@ impl<T: Target> Row for Typed<T> {
         if T::SENDS_ON {
             return match self.target.map(DmBio::new(clone)) {
                 MapResult::Remapped(DmBio { bio: clone, .. }) => Some((clone, parent)),
-                MapResult::Requeue(_) => {
+                MapResult::Requeue(clone) => {
+                    // It names the parent's memory.
+                    drop(clone);
                     requeue(again(live), parent);
                     None
                 }
@@ -205,17 +222,7 @@ impl<T: Target> Row for Typed<T> {
         // It may end, on another thread, before `map` returns.
         let live = again(live);
         tell_clone::<T::PerBio>(&mut clone, parent, live, row);
-        match self.target.map(DmBio::new(clone)) {
-            MapResult::Remapped(bio) => submit_bio(bio.bio),
-            MapResult::Taken => {}
-            MapResult::Requeue(mut bio) => {
-                let origin = bio.bio.pad_mut::<Tio<T::PerBio>>().origin.take();
-                drop(bio);
-                if let Some(Origin { whose, live, .. }) = origin {
-                    put_off(live, whose);
-                }
-            }
-        }
+        self.map_told(clone);
         None
     }
 
@@ -231,17 +238,7 @@ impl<T: Target> Row for Typed<T> {
         bio.set_end_io(end_io::<T::PerBio>);
         bio.pad_mut::<Tio<T::PerBio>>().nr = leg.nr;
         tell::<T::PerBio>(&mut bio, Whose::Leg(leg), again(live), row);
-        match self.target.map(DmBio::new(bio)) {
-            MapResult::Remapped(bio) => submit_bio(bio.bio),
-            MapResult::Taken => {}
-            MapResult::Requeue(mut bio) => {
-                let origin = bio.bio.pad_mut::<Tio<T::PerBio>>().origin.take();
-                drop(bio);
-                if let Some(Origin { whose, live, .. }) = origin {
-                    put_off(live, whose);
-                }
-            }
-        }
+        self.map_told(bio);
     }
 
     #[cfg(test)]
