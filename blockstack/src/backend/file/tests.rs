@@ -3,6 +3,7 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use super::{Engine, FileDisk, OpenErrorKind, OpenOptions};
 use crate::sync::{Condvar, Mutex, Rank};
@@ -107,7 +108,8 @@ impl Tally {
     fn wait(&self) -> usize {
         let mut left = self.left.lock();
         while *left > 0 {
-            self.zero.wait(&mut left);
+            let moves = self.zero.wait_for(&mut left, Duration::from_secs(60));
+            assert!(moves, "{} bios do not end", *left);
         }
         self.errors.load(Ordering::SeqCst)
     }
@@ -520,5 +522,34 @@ fn what_the_end_of_a_bio_submits_is_sent() {
             }
             assert_eq!(done.wait(), 0);
         }
+    }
+}
+
+#[test]
+fn what_is_queued_behind_a_call_that_is_not_taken_is_sent() {
+    let file = image(1 << 20);
+    let options = OpenOptions {
+        engine: Engine::Uring,
+        ..OpenOptions::default()
+    };
+    let disk = FileDisk::open(file.path(), options).unwrap();
+    let super::Running::Uring(engine) = &disk.engine else {
+        panic!("no ring");
+    };
+    let dev: DynDevice = disk.clone();
+    let set = BioSet::<TallyPad>::new("test", 3);
+    for _ in 0..100 {
+        let done = Tally::new(3);
+        engine.queue_bad();
+        let plug = Plug::new();
+        for _ in 0..3 {
+            let mut bio = set.alloc(Op::Flush, Wait::Yes).unwrap();
+            bio.pad_mut::<TallyPad>().0 = Some(done.clone());
+            bio.set_end_io(tally);
+            bio.set_dev(dev.clone(), Sector::ZERO);
+            submit_bio(bio);
+        }
+        drop(plug);
+        assert_eq!(done.wait(), 0);
     }
 }

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::{EnterFlags, IoUring, opcode, squeue, types};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::fixed::Fixed;
@@ -46,7 +46,7 @@ const CACHED: types::Fixed = types::Fixed(1);
 thread_local! {
     /// The engine whose reaper the thread is. It enters what is queued before it sleeps.
     static REAPS: Cell<usize> = const { Cell::new(0) };
-    /// Of a reaper: whether calls were left for then.
+    /// Of a reaper: whether calls were left for it to enter.
     static LATE: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -114,6 +114,18 @@ impl Uring {
     #[cfg(test)]
     pub(super) fn arenas_known(&self) -> usize {
         self.state.lock().fixed.known()
+    }
+
+    /// Queues a call that the system does not take.
+    #[cfg(test)]
+    pub(super) fn queue_bad(&self) {
+        let _state = self.state.lock();
+        self.push(
+            &opcode::Nop::new()
+                .build()
+                .personality(u16::MAX)
+                .user_data(WAKE),
+        );
     }
 
     /// Whether nothing is in flight. A thread that has calls in flight must not sleep in a call of
@@ -257,10 +269,10 @@ impl Uring {
     fn reap(&self) {
         crate::sync::mark_completion_thread();
         REAPS.set(self.id());
+        LATE.set(true);
         let mut ended: Vec<(Bio, BlkResult)> = Vec::with_capacity(64);
         loop {
             self.wait();
-            let mut queued = false;
             let leave = {
                 let mut state = self.state.lock();
                 // SAFETY: only the reaper touches the completion queue.
@@ -269,19 +281,25 @@ impl Uring {
                 for completion in completions {
                     if completion.user_data() == NUDGE {
                         self.take_nudge();
-                        queued = true;
+                        LATE.set(true);
                         continue;
+                    }
+                    if completion.result() < 0 {
+                        // Where the system does not take a call, it leaves those behind it queued.
+                        LATE.set(true);
                     }
                     let Ok(slot) = u32::try_from(completion.user_data()) else {
                         continue;
                     };
                     let res = i64::from(completion.result());
-                    queued |= self.completed(&mut state, slot, res, &mut ended);
+                    if self.completed(&mut state, slot, res, &mut ended) {
+                        LATE.set(true);
+                    }
                 }
                 state.stop && state.free.len() == state.slots.len() && state.overflow.is_empty()
             };
             self.busy.fetch_sub(ended.len(), Ordering::Relaxed);
-            if queued && !ended.is_empty() {
+            if !ended.is_empty() && LATE.take() {
                 self.enter();
             }
             let mut late = 0;
@@ -358,18 +376,34 @@ impl Uring {
                 Ok(_) => return,
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
                 Err(error) => {
-                    // The reaper's next wait enters what is queued; wake it where it sleeps.
                     self.trouble(&error);
                 }
             }
         }
     }
 
-    /// Enters what is queued and sleeps until there is a completion.
+    /// Enters what was left for it and sleeps until there is a completion. What others have queued
+    /// they enter themselves, and both would only meet on the ring's lock in the system.
     fn wait(&self) {
-        LATE.set(false);
-        if let Err(error) = self.ring.submit_and_wait(1) {
+        let res = if LATE.take() {
+            self.ring.submit_and_wait(1)
+        } else {
+            self.sleep()
+        };
+        if let Err(error) = res {
+            LATE.set(true);
             self.trouble(&error);
+        }
+    }
+
+    #[expect(unsafe_code, reason = "the safe calls enter what others queued")]
+    fn sleep(&self) -> io::Result<usize> {
+        let flags = EnterFlags::GETEVENTS.bits();
+        // SAFETY: no entry is taken and no argument goes in: the call only waits.
+        unsafe {
+            self.ring
+                .submitter()
+                .enter::<libc::sigset_t>(0, 1, flags, None)
         }
     }
 
