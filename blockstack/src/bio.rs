@@ -31,7 +31,7 @@ use std::time::Instant;
 
 use smallvec::SmallVec;
 
-use crate::bio_set::{BioSet, Home};
+use crate::bio_set::{BioSet, Home, Inner};
 use crate::buf::{Buf, Segment};
 use crate::device::DynDevice;
 use crate::error::{BlkError, BlkResult};
@@ -184,7 +184,7 @@ pub(crate) struct Core {
     /// The join counter that a front piece reports to.
     piece_of: Option<Arc<Join>>,
     /// The set it belongs to, also while it is not handed out.
-    pub(crate) home: Option<Arc<dyn Home>>,
+    pub(crate) home: Option<Arc<Home>>,
     /// When the device it now names accepted it, where that is sampled.
     pub(crate) started: Option<Instant>,
 }
@@ -221,7 +221,7 @@ pub(crate) struct Node {
 fn no_end_io(_: Bio, _: BlkResult) {}
 
 impl Node {
-    pub(crate) fn new<P: Pad + Default>(home: Option<Arc<dyn Home>>, keeps_dev: bool) -> Box<Self> {
+    pub(crate) fn new<P: Pad + Default>(home: Option<Arc<Home>>, keeps_dev: bool) -> Box<Self> {
         Box::new(Self {
             core: Core {
                 op: Op::Read,
@@ -271,9 +271,11 @@ impl Bio {
         self.core().home.is_none()
     }
 
-    /// Where it came from.
-    pub(crate) fn home(&self) -> Option<*const dyn Home> {
-        self.core().home.as_ref().map(Arc::as_ptr)
+    /// Whether it came from `set`.
+    #[inline]
+    pub(crate) fn is_of(&self, set: &Inner) -> bool {
+        let home = self.core().home.as_ref();
+        home.is_some_and(|home| std::ptr::eq(home.set(), set))
     }
 
     pub(crate) fn from_node(mut node: Box<Node>, op: Op) -> Self {
@@ -691,7 +693,7 @@ impl Bio {
         let join = node.core.piece_of.take();
         node.recycle();
         if let Some(home) = node.core.home.clone() {
-            home.put(node);
+            home.set().put(node);
         }
         // As at the end of any piece: it is gone before its owner hears.
         if let Some(join) = join {

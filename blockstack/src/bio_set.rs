@@ -123,9 +123,15 @@ pub enum Rescue {
     Ready,
 }
 
-/// Where a bio goes back to.
-pub(crate) trait Home: Send + Sync {
-    fn put(&self, node: Box<Node>);
+/// Where a bio goes back to. One for each bio, since it is counted once more while that happens:
+/// threads whose bios are of one set do not meet there.
+pub(crate) struct Home(Arc<Inner>);
+
+impl Home {
+    #[inline]
+    pub(crate) fn set(&self) -> &Inner {
+        &self.0
+    }
 }
 
 type Free = Vec<Box<Node>>;
@@ -134,7 +140,7 @@ type Slot = CachePadded<Exchange<Box<Node>>>;
 /// In [`Inner::attention`]: the set is closed.
 const CLOSED: usize = 1 << (usize::BITS - 1);
 
-struct Inner {
+pub(crate) struct Inner {
     name: String,
     limit: usize,
     keeps_dev: bool,
@@ -147,17 +153,6 @@ struct Inner {
     buried: AtomicUsize,
     rescue: Rescue,
     rescuer: OnceWorkqueue<Bio>,
-}
-
-impl Home for Inner {
-    #[inline]
-    fn put(&self, node: Box<Node>) {
-        let slot = &self.slots[thread_lane()];
-        let before = slot.swap(Some(node));
-        if before.is_some() || self.attention.load(Ordering::Relaxed) != 0 {
-            self.put_shared(before, slot);
-        }
-    }
 }
 
 #[cfg(debug_assertions)]
@@ -175,6 +170,21 @@ impl Drop for Inner {
 }
 
 impl Inner {
+    #[inline]
+    pub(crate) fn put(&self, node: Box<Node>) {
+        let slot = &self.slots[thread_lane()];
+        let before = slot.swap(Some(node));
+        if before.is_some() || self.attention.load(Ordering::Relaxed) != 0 {
+            self.put_shared(before, slot);
+        }
+    }
+
+    /// A bio for the set.
+    fn node<P: Pad + Default>(self: &Arc<Self>) -> Box<Node> {
+        let home = Arc::new(Home(self.clone()));
+        Node::new::<P>(Some(home), self.keeps_dev)
+    }
+
     /// Puts on the list what was in the slot and, where somebody waits or nobody will come any
     /// more, what is there now.
     #[cold]
@@ -267,16 +277,16 @@ impl Inner {
         if self.rescue == Rescue::Never {
             return;
         }
-        // The address of the set, as its bios know it.
-        let me: *const Self = self;
-        let mine = |bio: &Bio| bio.home().is_some_and(|home| std::ptr::addr_eq(home, me));
-        take_parked(mine, |bio| match self.rescuer() {
-            Ok(rescuer) => rescuer.queue(bio),
-            Err(error) => {
-                log::error!("{}: cannot start the rescuer: {error}", self.name);
-                bio.complete(Err(crate::BlkError::NoMemory));
-            }
-        });
+        take_parked(
+            |bio| bio.is_of(self),
+            |bio| match self.rescuer() {
+                Ok(rescuer) => rescuer.queue(bio),
+                Err(error) => {
+                    log::error!("{}: cannot start the rescuer: {error}", self.name);
+                    bio.complete(Err(crate::BlkError::NoMemory));
+                }
+            },
+        );
     }
 }
 
@@ -366,11 +376,8 @@ impl<P: Pad + Default> BioSet<P> {
             rescue,
             rescuer: OnceWorkqueue::new(),
         });
-        let node = || Node::new::<P>(Some(inner.clone()), keeps_dev);
-        inner
-            .free
-            .lock_nested()
-            .extend(std::iter::repeat_with(node).take(limit));
+        let nodes = std::iter::repeat_with(|| inner.node::<P>()).take(limit);
+        inner.free.lock_nested().extend(nodes);
         Self {
             handle: Arc::new(Handle(inner)),
             pad: PhantomData,
@@ -397,12 +404,12 @@ impl<P: Pad + Default> BioSet<P> {
     /// hand. The pad stays as it is: its owner has put it back to its default state.
     #[inline]
     pub fn give_back(&self, bio: Bio) {
-        let me: *const Inner = self.inner();
-        if !bio.home().is_some_and(|home| std::ptr::addr_eq(home, me)) {
+        let inner = self.inner();
+        if !bio.is_of(inner) {
             return;
         }
         if let Some(node) = bio.into_node() {
-            self.inner().put(node);
+            inner.put(node);
         }
     }
 
@@ -418,10 +425,9 @@ impl<P: Pad + Default> BioSet<P> {
     /// wait for it.
     pub fn disown(&self, bio: &mut Bio) {
         let inner = &self.handle.0;
-        let is_ours = |home| std::ptr::addr_eq(home, Arc::as_ptr(inner));
-        if bio.home().is_some_and(is_ours) {
+        if bio.is_of(inner) {
             bio.core_mut().home = None;
-            inner.put(Node::new::<P>(Some(inner.clone()), inner.keeps_dev));
+            inner.put(inner.node::<P>());
         }
     }
 

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use blockstack::{
-    Bio, BioFlags, BioSet, BlkError, BlkResult, DynDevice, Op, Sector, Wait, submit_bio,
+    Bio, BioFlags, BioSet, BlkError, BlkResult, DynDevice, Lanes, Op, Sector, Wait, submit_bio,
 };
 
 use crate::duplicates::{self, Leg, Legs, set_size};
@@ -17,7 +17,7 @@ use crate::target::FlushRoute;
 /// Where flushes of one table go.
 pub(crate) struct FlushPlan {
     /// Those that get one each.
-    devices: Vec<DynDevice>,
+    devices: Vec<Lanes>,
     /// Devices of all rows.
     below: Vec<DynDevice>,
     /// Rows that map an empty flush, and which of their flushes it is.
@@ -52,8 +52,12 @@ impl FlushPlan {
                     && below.any(|range| Arc::ptr_eq(range.dev(), dev))
             })
         };
-        let below = devices.clone();
-        devices.retain(|dev| own(dev));
+        let below = devices;
+        let devices: Vec<_> = below
+            .iter()
+            .filter(|dev| own(dev))
+            .map(Lanes::new)
+            .collect();
         let all_below = rows.iter().all(|row| {
             row.row.flush_route() == FlushRoute::EachDevice && !row.row.devices().is_empty()
         });
@@ -91,7 +95,7 @@ impl Legs for FlushPlan {
 
     fn send(&self, live: &LiveRef, at: usize, mut bio: Bio, mut leg: Leg) {
         if let Some(dev) = self.devices.get(at) {
-            bio.set_dev(dev.clone(), Sector::ZERO);
+            bio.set_lane(dev, Sector::ZERO);
             bio.set_end_io(flush_end);
             bio.pad_mut::<FlushPad>().0 = Some(leg);
             submit_bio(bio);

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use blockstack::sync::{Condvar, Mutex, Rank};
 use blockstack::{
-    Bio, BioFlags, BioSet, BlkError, BlkResult, Buf, DynDevice, Op, PagePool, Plug, Sector, Wait,
-    read_wait, submit_bio,
+    Bio, BioFlags, BioSet, BlkError, BlkResult, Buf, DynDevice, Lanes, Op, PagePool, Plug, Sector,
+    Wait, read_wait, submit_bio,
 };
 
 use super::replay::ReplayIo;
@@ -113,7 +113,7 @@ impl JournalFile {
 
 /// The device, in blocks of the file system.
 pub(super) struct Disk {
-    pub(super) dev: DynDevice,
+    pub(super) dev: Lanes,
     pub(super) block_size: usize,
     bios: BioSet<Option<Arc<Batch>>>,
 }
@@ -121,7 +121,7 @@ pub(super) struct Disk {
 impl Disk {
     pub(super) fn new(dev: DynDevice, block_size: usize) -> Self {
         Self {
-            dev,
+            dev: Lanes::new(&dev),
             block_size,
             bios: BioSet::new("journal", BIOS),
         }
@@ -156,7 +156,7 @@ impl Disk {
         for buf in bufs {
             bio.push(buf).map_err(|_buf| BlkError::Unaligned)?;
         }
-        bio.set_dev(self.dev.clone(), sector);
+        bio.set_lane(&self.dev, sector);
         bio.set_flags(flags | BioFlags::META | BioFlags::SYNC);
         bio.set_end_io(write_ended);
         *bio.pad_mut::<Option<Arc<Batch>>>() = Some(batch.clone());
