@@ -623,6 +623,7 @@ fn engine(dev: DynDevice) -> DirectIo<Ask> {
         requests: 1,
         pieces: 1,
         workers: 1,
+        ..DioConfig::default()
     };
     DirectIo::new("mount", dev, config)
 }

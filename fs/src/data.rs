@@ -43,6 +43,8 @@ use crate::inode::Inode;
 use crate::inode::map::{self, MapKind, Seek, Written};
 use crate::ops::Caller;
 
+mod journalled;
+
 /// The engine of a mount's file data.
 pub type DataIo = DirectIo<IoEnd>;
 /// The control block of a file's data.
@@ -382,6 +384,17 @@ impl Fs {
             Err(BlkError::NoMemory) => return Err((ReadError::NoMemory { bytes }, reply)),
             Err(error) => return Err((ReadError::Failed(error.into()), reply)),
         };
+        let touch = self.wants_atime(&data);
+        if self.journals_data(&data) {
+            let mut buf = buf;
+            let filled = self.read_journalled(&extents, &mut buf);
+            drop(data);
+            reply(filled.map(|()| &buf[skip..skip + len]));
+            if touch {
+                self.touch_atime(inode);
+            }
+            return Ok(());
+        }
         let end = IoEnd {
             fs: self.clone(),
             kind: EndKind::Read {
@@ -391,7 +404,6 @@ impl Fs {
                 _inode: inode.clone(),
             },
         };
-        let touch = self.wants_atime(&data);
         self.file_io(inode).read(&extents, buf, end);
         drop(data);
         if touch {
@@ -453,6 +465,10 @@ impl Fs {
         let to = end.div_ceil(block_size);
         if to >= u64::from(u32::MAX) {
             return Err((FsError::FileTooBig, reply));
+        }
+        if self.journals_data(&inode.data.read()) {
+            reply(self.write_journalled(inode, offset, bytes, origin, caller));
+            return Ok(());
         }
         let (from, to) = (from as u32, to as u32);
         let mut data = loop {
@@ -565,16 +581,8 @@ impl Fs {
         origin: Origin,
         caller: &Caller,
     ) -> FsResult<(Plan, Buf, u64)> {
-        let limit = map::max_file_size(&self.geo, data.has_extents());
         let mut end = offset + bytes.len() as u64;
-        if end > limit || data.flags.contains(InodeFlags::IMMUTABLE) {
-            let immutable = data.flags.contains(InodeFlags::IMMUTABLE);
-            return Err(if immutable {
-                FsError::NotPermitted
-            } else {
-                FsError::FileTooBig
-            });
-        }
+        Self::check_place(&self.geo, data, end)?;
         let plan = self.plan_write(inode, data, from, to, caller);
         let mut plan = match plan {
             Ok(plan) => plan,
@@ -865,11 +873,15 @@ impl Fs {
         if mapping.kind != MapKind::Mapped {
             return Ok(());
         }
+        let start = u64::from(lblk) << self.geo.block_bits;
+        let (from, to) = ((from - start) as usize, (to - start) as usize);
+        if self.journals_data(data) {
+            return self.zero_journalled(mapping.pblk, from, to);
+        }
         let sector = Sector::new(mapping.pblk * self.geo.block_sectors());
         let buf = PagePool::shared().alloc(self.geo.block_size as usize)?;
         let mut buf = read_wait(&self.dev, sector, buf)?;
-        let start = u64::from(lblk) << self.geo.block_bits;
-        buf[(from - start) as usize..(to - start) as usize].fill(0);
+        buf[from..to].fill(0);
         blockstack::write_wait(&self.dev, sector, buf, BioFlags::empty())?;
         inode.unflushed.mark();
         Ok(())

@@ -26,13 +26,14 @@ use crate::format::features::{
     ro_compat_names,
 };
 use crate::format::superblock::{
-    RawSuperblock, STATE_ERROR, STATE_VALID, SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, SuperblockError,
+    DEFM_JMODE, DEFM_JMODE_DATA, RawSuperblock, STATE_ERROR, STATE_VALID, SUPERBLOCK_OFFSET,
+    SUPERBLOCK_SIZE, SuperblockError,
 };
 use crate::geometry::Geometry;
 use crate::inode::map::{self, MapKind};
 use crate::inode::{Inode, InodeTable, ROOT_INO};
 use crate::journal::{Journal, JournalError, JournalExtent, Log};
-use crate::options::{MountOptions, OnError};
+use crate::options::{DataMode, MountOptions, OnError};
 use crate::orphan::Orphans;
 
 /// Why a file system could not be mounted.
@@ -61,6 +62,9 @@ pub enum MountError {
     /// The device cannot be written.
     #[error("device is read-only (mount with -o ro)")]
     DeviceReadOnly,
+    /// Data cannot go through a journal that is not there.
+    #[error("data=journal: the file system has no journal")]
+    NoJournalForData,
     /// The journal cannot be used.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -126,6 +130,15 @@ fn check_device(geo: &Geometry, dev: &DynDevice, read_only: bool) -> Result<(), 
     Ok(())
 }
 
+/// What `tune2fs -o journal_data` and its like have set.
+fn default_data_mode(raw: &RawSuperblock) -> DataMode {
+    match raw.s_default_mount_opts.get() & DEFM_JMODE {
+        DEFM_JMODE_DATA => DataMode::Journal,
+        DEFM_JMODE => DataMode::Writeback,
+        _ => DataMode::Ordered,
+    }
+}
+
 /// Blocks that hold the file system's own structures.
 fn overhead(geo: &Geometry) -> u64 {
     let gdt = u64::from(geo.gdt_blocks()) + u64::from(geo.reserved_gdt_blocks);
@@ -144,11 +157,15 @@ impl Fs {
     ///
     /// # Errors
     /// What is wrong; nothing was written then, but for a journal that was replayed.
-    pub fn mount(dev: DynDevice, opts: MountOptions) -> Result<Arc<Self>, MountError> {
+    pub fn mount(dev: DynDevice, mut opts: MountOptions) -> Result<Arc<Self>, MountError> {
         let raw = read_superblock(&dev)?;
         let geo = Geometry::new(&raw)?;
         check_features(&geo, opts.read_only)?;
         check_device(&geo, &dev, opts.read_only)?;
+        if opts.data == Some(DataMode::Journal) && !geo.compat.contains(Compat::HAS_JOURNAL) {
+            return Err(MountError::NoJournalForData);
+        }
+        opts.data.get_or_insert(default_data_mode(&raw));
         let log = if geo.compat.contains(Compat::HAS_JOURNAL) {
             Self::recover(&dev, &raw, geo, &opts)?
         } else if geo.incompat.contains(Incompat::RECOVER) {

@@ -17,6 +17,11 @@ pub enum DataMode {
     /// Data is on disk before metadata that names it.
     #[default]
     Ordered,
+    /// Data goes through the journal, as metadata does.
+    Journal,
+    /// Data may come to the disk after metadata that names it. The same as [`Self::Ordered`] here,
+    /// where a commit never waits for data.
+    Writeback,
 }
 
 /// When reads update access times.
@@ -44,8 +49,8 @@ pub struct MountOptions {
     pub commit_secs: u32,
     /// `None`: as the superblock says.
     pub errors: Option<OnError>,
-    /// Ordering of data and metadata.
-    pub data: DataMode,
+    /// Ordering of data and metadata; `None`: as the superblock says.
+    pub data: Option<DataMode>,
     /// Access times.
     pub atime: Atime,
     /// POSIX ACLs.
@@ -68,7 +73,7 @@ impl Default for MountOptions {
             sync: false,
             commit_secs: 5,
             errors: None,
-            data: DataMode::Ordered,
+            data: None,
             atime: Atime::Relative,
             acl: true,
             user_xattr: true,

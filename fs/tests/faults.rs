@@ -16,6 +16,7 @@ use fs::data::Origin;
 use fs::dir::Emit;
 use fs::ops::space::FallocMode;
 use fs::ops::{NewNode, RenameFlags, SetAttr};
+use fs::options::DataMode;
 use fs::xattr::XattrMode;
 use fs::{Fs, FsError, FsResult, MountOptions};
 use storm::history::read_all;
@@ -366,7 +367,7 @@ struct Book {
 }
 
 /// Mounts, runs the workload under `rule`, checks; gives the operations of the device.
-fn run(scratch: &Scratch, made: &Image, rule: Option<Rule>) -> Result<u64, String> {
+fn run(scratch: &Scratch, made: &Image, data: DataMode, rule: Option<Rule>) -> Result<u64, String> {
     let disk = MemDisk::from_image("mem", made.clone());
     let (faulty, faults) = FaultyDisk::new(disk.clone());
     if let Some(rule) = rule.clone() {
@@ -375,6 +376,7 @@ fn run(scratch: &Scratch, made: &Image, rule: Option<Rule>) -> Result<u64, Strin
     let panics = PANICS.load(Ordering::SeqCst);
     let options = MountOptions {
         commit_secs: 60,
+        data: Some(data),
         ..MountOptions::default()
     };
     let mut book = Book::default();
@@ -460,19 +462,23 @@ fn run(scratch: &Scratch, made: &Image, rule: Option<Rule>) -> Result<u64, Strin
 }
 
 fn each_position(args: &[&str], size: &str, rule: impl Fn(u64) -> Rule) {
+    each_position_of(DataMode::Ordered, args, size, rule);
+}
+
+fn each_position_of(data: DataMode, args: &[&str], size: &str, rule: impl Fn(u64) -> Rule) {
     watch();
     storm::log_to_stderr();
     let scratch = Scratch::new();
     let tree = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
     let args = [args, &["-d", tree]].concat();
     let made = scratch.try_mkfs(&args, size).unwrap();
-    let count = run(&scratch, &made, None).unwrap();
+    let count = run(&scratch, &made, data, None).unwrap();
     let only = std::env::var("FAULT_AT")
         .ok()
         .map(|text| text.parse::<u64>().unwrap());
     let mut failed = Vec::new();
     for position in only.map_or(0..count, |at| at..at + 1) {
-        if let Err(error) = run(&scratch, &made, Some(rule(position))) {
+        if let Err(error) = run(&scratch, &made, data, Some(rule(position))) {
             println!("error at operation {position} of {count}: {error}");
             failed.push(position);
             assert!(failed.len() < 8, "failed at positions {failed:?}");
@@ -513,6 +519,21 @@ fn each_write_and_flush_fails_for_ever_while_reads_work() {
 #[test]
 fn each_operation_fails_once_on_ext3() {
     each_position(&EXT3, "12M", Rule::nth);
+}
+
+#[test]
+fn each_operation_fails_once_with_data_in_the_journal() {
+    let args = ["-t", "ext4", "-b", "1024", "-J", "size=4"];
+    each_position_of(DataMode::Journal, &args, "16M", Rule::nth);
+}
+
+#[test]
+fn each_write_and_flush_fails_for_ever_with_data_in_the_journal() {
+    let args = ["-t", "ext4", "-b", "1024", "-J", "size=4"];
+    let kinds = Kinds::WRITE | Kinds::FLUSH;
+    each_position_of(DataMode::Journal, &args, "16M", |at| {
+        Rule::nth(at).of(kinds).for_ever()
+    });
 }
 
 #[test]

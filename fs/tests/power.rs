@@ -11,6 +11,7 @@ use blockstack::DynDevice;
 use blockstack::backend::mem::{Image, MemDisk};
 use blockstack::testing::crash::{CrashDisk, Timing};
 use fs::ops::SetAttr;
+use fs::options::DataMode;
 use fs::{Fs, MountOptions};
 use storm::history::{History, walk};
 use storm::image::{Scratch, has_torn_superblock};
@@ -51,9 +52,10 @@ struct Plan<'a> {
     /// Cuts in a run without `FUSEFS_STACK_LONG`, and with it.
     cuts: [usize; 2],
     seed: u64,
+    data: DataMode,
 }
 
-fn storm(scratch: &Scratch, made: &Image, seed: u64, cuts: usize) -> usize {
+fn storm(scratch: &Scratch, made: &Image, data: DataMode, seed: u64, cuts: usize) -> usize {
     let mut random = Random(seed ^ 0xfeed);
     let timing = if random.one_in(2) {
         Timing::Shuffled { seed }
@@ -65,6 +67,7 @@ fn storm(scratch: &Scratch, made: &Image, seed: u64, cuts: usize) -> usize {
     let dev: DynDevice = disk.clone();
     let options = MountOptions {
         commit_secs: 1,
+        data: Some(data),
         ..MountOptions::default()
     };
     let fs = Fs::mount(dev, options).unwrap();
@@ -149,12 +152,12 @@ fn power_cuts(plan: &Plan<'_>) {
         .and_then(|text| text.parse().ok());
     let want = want.unwrap_or(plan.cuts[usize::from(is_long())]);
     if let Ok(seed) = std::env::var("POWER_SEED") {
-        storm(&scratch, &made, seed.parse().unwrap(), 40);
+        storm(&scratch, &made, plan.data, seed.parse().unwrap(), 40);
         return;
     }
     let (mut done, mut seed) = (0, plan.seed);
     while done < want {
-        done += storm(&scratch, &made, seed, 20);
+        done += storm(&scratch, &made, plan.data, seed, 20);
         seed += 1;
     }
     println!(
@@ -170,6 +173,7 @@ fn power_cuts_on_ext4() {
         args: &["-t", "ext4", "-b", "4096", "-J", "size=4"],
         cuts: [120, 1000],
         seed: 1000,
+        data: DataMode::Ordered,
     });
 }
 
@@ -179,6 +183,7 @@ fn power_cuts_on_ext4_with_blocks_of_1k() {
         args: &["-t", "ext4", "-b", "1024", "-J", "size=1"],
         cuts: [80, 500],
         seed: 2000,
+        data: DataMode::Ordered,
     });
 }
 
@@ -188,6 +193,7 @@ fn power_cuts_on_ext3() {
         args: &["-t", "ext3", "-b", "1024", "-J", "size=1"],
         cuts: [80, 500],
         seed: 3000,
+        data: DataMode::Ordered,
     });
 }
 
@@ -204,6 +210,7 @@ fn power_cuts_without_checksums() {
         ],
         cuts: [80, 500],
         seed: 4000,
+        data: DataMode::Ordered,
     });
 }
 
@@ -214,17 +221,64 @@ fn power_cuts_with_an_orphan_file() {
         args: &["-t", "ext4", "-O", features, "-J", "size=4"],
         cuts: [80, 500],
         seed: 5000,
+        data: DataMode::Ordered,
     });
+}
+
+#[test]
+fn power_cuts_with_data_in_the_journal() {
+    power_cuts(&Plan {
+        args: &["-t", "ext4", "-b", "1024", "-J", "size=4"],
+        cuts: [80, 500],
+        seed: 6000,
+        data: DataMode::Journal,
+    });
+}
+
+/// What `data=journal` is for: a write in place is there as a whole or not at all.
+#[test]
+fn a_write_through_the_journal_is_never_half_there() {
+    const LEN: usize = 64 * 1024;
+    let scratch = Scratch::new();
+    let (disk, fs) = mounted_with(&scratch, DataMode::Journal);
+    let file = fs.create(ROOT, b"file", FILE, 0, &ME).unwrap();
+    write(&fs, file.ino, 0, &[1; LEN], DIRECT).unwrap();
+    fsync(&fs, file.ino, false).unwrap();
+    disk.arm_every(1);
+    for byte in 2..6 {
+        write(&fs, file.ino, 0, &[byte; LEN], DIRECT).unwrap();
+        fsync(&fs, file.ino, false).unwrap();
+    }
+    disk.arm_every(0);
+    let mut random = Random(7);
+    let mut seen = [0; 6];
+    for point in disk.take_points() {
+        let dev: DynDevice = MemDisk::from_image("after", point.image(random.next()));
+        let after = Fs::mount(dev, MountOptions::default()).unwrap();
+        let content = storm::read(&after, file.ino, 0, LEN as u32).unwrap();
+        let whole = content.iter().all(|byte| *byte == content[0]);
+        assert!(whole && content.len() == LEN, "cut at {}", point.ops);
+        seen[usize::from(content[0])] += 1;
+    }
+    assert!(seen[1..5].iter().all(|&count| count > 0), "{seen:?}");
 }
 
 /// A mount that power is cut from.
 fn mounted(scratch: &Scratch) -> (Arc<CrashDisk>, Arc<Fs>) {
+    mounted_with(scratch, DataMode::Ordered)
+}
+
+fn mounted_with(scratch: &Scratch, data: DataMode) -> (Arc<CrashDisk>, Arc<Fs>) {
     let made = scratch
         .try_mkfs(&["-t", "ext4", "-J", "size=4"], "24M")
         .unwrap();
     let disk = CrashDisk::from_image("crash", made, Timing::AtOnce);
     let dev: DynDevice = disk.clone();
-    (disk, Fs::mount(dev, MountOptions::default()).unwrap())
+    let options = MountOptions {
+        data: Some(data),
+        ..MountOptions::default()
+    };
+    (disk, Fs::mount(dev, options).unwrap())
 }
 
 fn after_power_cut(scratch: &Scratch, disk: &CrashDisk) -> Arc<Fs> {

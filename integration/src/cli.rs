@@ -16,7 +16,9 @@ Options after -o, separated by commas:
   commit=SECONDS           longest time between commits of the journal (default: 5)
   errors=continue|remount-ro|panic
                            what damage found on the way does (default: as the superblock says)
-  data=ordered             the one journalling mode of this version
+  data=ordered|journal|writeback
+                           what becomes of data at a commit (default: as the superblock says):
+                           it was on disk before, it goes through the journal, it is not cared for
   noload, norecovery       do not replay the journal; only with ro
   nobarrier, barrier=0|1   do not flush the disk at commits; after a power cut all may be lost
   discard                  give freed blocks back to IMAGE (its file becomes sparse again)

@@ -262,7 +262,7 @@ impl Options {
                 let secs: u32 = number("commit", value, "a number of seconds")?;
                 self.fs.commit_secs = if secs == 0 { 5 } else { secs };
             }
-            "data" => self.fs.data = data_mode(value)?,
+            "data" => self.fs.data = Some(data_mode(value)?),
             "errors" => self.fs.errors = Some(on_error(value)?),
             "barrier" => {
                 self.fs.barrier = match value {
@@ -380,11 +380,9 @@ fn size(value: &str) -> Option<u64> {
 fn data_mode(value: &str) -> Result<DataMode, OptionError> {
     match value {
         "ordered" => Ok(DataMode::Ordered),
-        "journal" | "writeback" => Err(OptionError::Refused {
-            name: format!("data={value}"),
-            why: "not supported yet: this version journals with data=ordered",
-        }),
-        _ => Err(wrong("data", value, "ordered")),
+        "journal" => Ok(DataMode::Journal),
+        "writeback" => Ok(DataMode::Writeback),
+        _ => Err(wrong("data", value, "ordered, journal or writeback")),
     }
 }
 
@@ -451,10 +449,7 @@ mod tests {
                 "offset=100",
                 "-o offset=100: not a number of bytes that is a multiple of 512",
             ),
-            (
-                "data=journal",
-                "-o data=journal: not supported yet: this version journals with data=ordered",
-            ),
+            ("data=x", "-o data=x: not ordered, journal or writeback"),
             ("errors=x", "-o errors=x: not continue, remount-ro or panic"),
             (
                 "cache_size=1",

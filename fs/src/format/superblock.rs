@@ -18,6 +18,11 @@ pub const SUPERBLOCK_SIZE: usize = 1024;
 pub const MAGIC: u16 = 0xef53;
 /// `s_state`: unmounted cleanly.
 pub const STATE_VALID: u16 = 1;
+/// In `s_default_mount_opts`: how data is journalled; [`DEFM_JMODE_DATA`], 0x40 for ordered, or all
+/// of it for writeback.
+pub const DEFM_JMODE: u32 = 0x60;
+/// Data goes through the journal.
+pub const DEFM_JMODE_DATA: u32 = 0x20;
 /// `s_state`: errors were found.
 pub const STATE_ERROR: u16 = 2;
 /// `s_flags`: directory hashes of signed characters.

@@ -271,8 +271,10 @@ pub fn remove(
 ) -> FsResult {
     let kind = data.file_type();
     // What went through the journal must be revoked when it is freed.
-    let logged =
-        kind == libc::S_IFDIR || kind == libc::S_IFLNK || data.flags.contains(InodeFlags::EA_INODE);
+    let logged = kind == libc::S_IFDIR
+        || kind == libc::S_IFLNK
+        || data.flags.contains(InodeFlags::EA_INODE)
+        || fs.journals_data(data);
     let what = if logged {
         BlockUse::Metadata
     } else {

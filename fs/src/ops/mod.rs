@@ -110,7 +110,7 @@ fn set_rdev(data: &mut InodeData, rdev: u32) {
 
 impl Fs {
     /// Does an operation once more where it found no space but some comes back.
-    fn with_space<T>(&self, mut operation: impl FnMut() -> FsResult<T>) -> FsResult<T> {
+    pub(crate) fn with_space<T>(&self, mut operation: impl FnMut() -> FsResult<T>) -> FsResult<T> {
         match operation() {
             Err(FsError::NoSpace) if self.reclaim()? => operation(),
             result => result,

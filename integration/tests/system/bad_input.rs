@@ -350,6 +350,13 @@ fn a_wrong_checksum_is_named() {
 }
 
 #[test]
+fn data_cannot_go_through_a_journal_that_is_not_there() {
+    let image = Image::new("-t ext2", "8M");
+    let parts = ["data=journal", "no journal"];
+    refused_because(&image.path, &image.subdir("mnt"), "data=journal", &parts);
+}
+
+#[test]
 fn unknown_features_are_named() {
     need_fuse!("bad_input::unknown_features_are_named");
     let image = Image::new("-t ext4 -O metadata_csum", "4M");

@@ -72,7 +72,7 @@ fn a_wrong_command_line_ends_with_1() {
         (&[dir], "IMAGE"),
         (&["-x", dir, path], "-x"),
         (&["-o", "fnord", dir, path], "fnord"),
-        (&["-o", "ro,data=journal", dir, path], "data=journal"),
+        (&["-o", "ro,data=none", dir, path], "data=none"),
         (&["-o", "noload", dir, path], "ro"),
         (&["-o", "commit=soon", dir, path], "soon"),
     ] {

@@ -15,10 +15,10 @@ use crate::common::{
 use crate::need_fuse;
 
 /// One storm, one kill, all checks.
-fn round(options: &str, seed: u64) {
+fn round(options: &str, mount: &str, seed: u64) {
     let image = Image::new(options, "128M");
     let log = image.dir.path().join("promises");
-    let mut mount = image.mount("");
+    let mut mount = image.mount(mount);
     let mut storm = Command::new("timeout")
         .args(["-k", "5", "300", STORM, "run", "--expect-kill"])
         .arg("--dir")
@@ -100,33 +100,39 @@ fn strong(options: &str) -> &'static [&'static str] {
     }
 }
 
-fn rounds(test: &str, options: &str, short: u64, long: u64) {
+fn rounds(test: &str, options: &str, mount: &str, short: u64, long: u64) {
     need_fuse!(test);
     for round_number in 0..count(short, long) {
-        round(options, seed(test) + round_number);
+        round(options, mount, seed(test) + round_number);
     }
 }
 
 #[test]
 fn ext4_survives() {
-    rounds("kill::ext4_survives", "-t ext4 -b 4096", 4, 60);
+    rounds("kill::ext4_survives", "-t ext4 -b 4096", "", 4, 60);
 }
 
 #[test]
 fn ext4_with_small_blocks_survives() {
     let name = "kill::ext4_with_small_blocks_survives";
-    rounds(name, "-t ext4 -b 1024", 2, 20);
+    rounds(name, "-t ext4 -b 1024", "", 2, 20);
 }
 
 #[test]
 fn ext3_survives() {
-    rounds("kill::ext3_survives", "-t ext3 -b 4096", 2, 20);
+    rounds("kill::ext3_survives", "-t ext3 -b 4096", "", 2, 20);
+}
+
+#[test]
+fn ext4_with_data_in_the_journal_survives() {
+    let name = "kill::ext4_with_data_in_the_journal_survives";
+    rounds(name, "-t ext4 -b 4096", "data=journal", 2, 20);
 }
 
 #[test]
 fn ext2_is_repaired_without_questions() {
     let name = "kill::ext2_is_repaired_without_questions";
-    rounds(name, "-t ext2 -b 4096", 2, 20);
+    rounds(name, "-t ext2 -b 4096", "", 2, 20);
 }
 
 /// What was lost: everything that used the mount, for ever. A search for data makes the kernel write
