@@ -245,3 +245,22 @@ fn holes_are_made_and_filled() {
         }
     });
 }
+
+/// Lost: the data, though the call said that a file with a block map cannot do that.
+#[test]
+fn what_cannot_be_zeroed_keeps_its_data() {
+    on_all(|fs| {
+        let file = fs.create(ROOT, b"file", FILE, 0, &ME).unwrap();
+        let inode = fs.iget(file.ino).unwrap();
+        write(fs, file.ino, 0, &[9; 64 << 10], Origin::PageCache).unwrap();
+        let zeroed = fs.fallocate(&inode, FallocMode::ZERO_RANGE, 0, 32 << 10, &ME);
+        let expected = if fs.geo.has_extents() {
+            zeroed.unwrap();
+            0
+        } else {
+            assert_eq!(zeroed, Err(FsError::NotSupported));
+            9
+        };
+        assert_eq!(read(fs, file.ino, 0, 32 << 10), [expected; 32 << 10]);
+    });
+}

@@ -206,7 +206,8 @@ impl Fs {
         let keep_size = mode.contains(FallocMode::KEEP_SIZE);
         match mode - FallocMode::KEEP_SIZE {
             FallocMode::PUNCH_HOLE if keep_size => self.punch(inode, &mut data, range)?,
-            FallocMode::ZERO_RANGE => {
+            // As the kernel's: what cannot be preallocated again is not zeroed either.
+            FallocMode::ZERO_RANGE if data.has_extents() => {
                 self.punch(inode, &mut data, range)?;
                 self.preallocate(inode, &mut data, range, caller)?;
             }

@@ -6,6 +6,7 @@
 //! | `common` | images, mounts, commands, skipping |
 //! | `cli` | arguments, options, exit codes, signals, the background |
 //! | `matrix` | {ext2, ext3, ext4} x block size x how it was filled, under a storm |
+//! | `fsx` | a file, or regions of one, changed in every way by many threads at once |
 //! | `kill` | SIGKILL at any time costs nothing that was synced |
 //! | `links` | counts of links, seen by others while names go |
 //! | `bad_input` | what cannot be mounted is refused in one line and stays as it was |
@@ -25,6 +26,7 @@ mod bad_input;
 mod big;
 mod cli;
 mod common;
+mod fsx;
 mod kill;
 mod links;
 mod many;
