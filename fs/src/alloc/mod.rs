@@ -118,8 +118,9 @@ pub struct Alloc {
     dirs: AtomicI64,
     /// Blocks for root only.
     reserved: i64,
-    /// Blocks for the map's own blocks when all others are gone, so that a finished write of
-    /// data into unwritten extents can always be recorded.
+    /// Blocks for the map's own blocks when all others are gone, so that data that is written can
+    /// always be named. The kernel's ext4 keeps them where there are extents; on others it looks
+    /// for all blocks of a write before it takes the data.
     spare: i64,
     /// Inodes freed by transactions not yet committed: transaction and number.
     freed_inodes: Mutex<Vec<(u32, u32)>>,
@@ -156,11 +157,7 @@ impl Alloc {
             free_inodes: AtomicI64::new(raw.s_free_inodes_count.get().into()),
             dirs: AtomicI64::new(0),
             reserved: raw.reserved_blocks() as i64,
-            spare: if geo.has_extents() {
-                (total / 50).min(4096)
-            } else {
-                0
-            },
+            spare: (total / 50).min(4096),
             freed_inodes: Mutex::new(Rank::Counters, Vec::new()),
             spread: AtomicU32::new(raw.s_wtime.get()),
             no_discard: AtomicBool::new(false),

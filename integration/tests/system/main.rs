@@ -12,6 +12,7 @@
 //! | `bad_input` | what cannot be mounted is refused in one line and stays as it was |
 //! | `big` | an image of 1 TiB costs what one of 64 MiB does |
 //! | `many` | many files in one directory |
+//! | `suspend` | a device below that stops for a while costs only time |
 //!
 //! `FUSEFS_STACK_LONG=1` runs full counts, `FUSEFS_STACK_SEED=N` other seeds. What cannot run here
 //! says so on standard error and in the file `$FUSEFS_STACK_SKIPS`.
@@ -31,3 +32,4 @@ mod kill;
 mod links;
 mod many;
 mod matrix;
+mod suspend;
