@@ -17,7 +17,9 @@ use storm::image::Scratch;
 /// Bytes of an image.
 const LEN: usize = 8 << 20;
 
-const PARSERS: [(&str, fn(&[u8])); 9] = [
+type Parser = fn(&[u8]);
+
+const PARSERS: [(&str, Parser); 9] = [
     ("superblock", parsers::superblock),
     ("inode", parsers::inode),
     ("dirent", parsers::dirent),
