@@ -1,0 +1,70 @@
+//! What `e2fsck -fn` says of an image.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+
+use blockstack::backend::mem::Image;
+
+use crate::base::Base;
+use crate::storm::image::Scratch;
+
+pub struct Verdict {
+    pub code: i32,
+    /// What it printed, without what it always prints.
+    pub text: String,
+}
+
+impl Verdict {
+    /// Whether it found anything.
+    pub fn is_told(&self) -> bool {
+        self.code != 0 || !self.text.is_empty()
+    }
+}
+
+/// Keeps a file for each sound image, and writes into it only what is damaged.
+pub struct Oracle {
+    dir: Scratch,
+    files: HashMap<&'static str, File>,
+}
+
+impl Oracle {
+    pub fn new() -> Self {
+        Self {
+            dir: Scratch::new(),
+            files: HashMap::new(),
+        }
+    }
+
+    pub fn judge(&mut self, base: &Base, image: &Image) -> Verdict {
+        let path = self.dir.path(&base.name.replace(' ', "-"));
+        let file = self.files.entry(base.name).or_insert_with(|| {
+            base.image.save(&path).unwrap();
+            File::options().write(true).open(&path).unwrap()
+        });
+        for (at, bytes) in image.parts_unlike(&base.image) {
+            file.write_all_at(bytes, at as u64).unwrap();
+        }
+        let out = Command::new("e2fsck").arg("-fn").arg(&path).output().unwrap();
+        for (at, bytes) in base.image.parts_unlike(image) {
+            file.write_all_at(bytes, at as u64).unwrap();
+        }
+        let printed = [out.stdout, out.stderr].concat();
+        let printed = String::from_utf8_lossy(&printed);
+        let told = printed.lines().filter(|line| !is_usual(line));
+        Verdict {
+            code: out.status.code().unwrap_or(-1),
+            text: told.map(|line| format!("{line}\n")).collect(),
+        }
+    }
+}
+
+/// What it prints of a sound image, and advice.
+fn is_usual(line: &str) -> bool {
+    let begins = ["e2fsck 1.", "Pass "];
+    line.trim().is_empty()
+        || begins.iter().any(|word| line.starts_with(word))
+        || line.ends_with(" blocks") && line.contains("% non-contiguous)")
+        || line.contains("extent tree (at level") && line.contains("could be")
+}
