@@ -35,7 +35,23 @@ struct Known {
     why: &'static str,
 }
 
-const KNOWN: &[Known] = &[];
+const KNOWN: &[Known] = &[
+    Known {
+        field: "journal.s_errno",
+        told: "Bad file descriptor",
+        why: "e2fsck 1.47.0 means to clear it without a word, and fails as it may not write",
+    },
+    Known {
+        field: "superblock.s_feature_",
+        told: "",
+        why: "what this program does not support it refuses by the name of the feature",
+    },
+    Known {
+        field: "superblock.s_creator_os",
+        told: "critical metadata",
+        why: "on the Hurd an inode has one block more, its translator",
+    },
+];
 
 fn is_known(damage: &Damage, verdict: &Verdict) -> bool {
     let field = |known: &&Known| damage.field.starts_with(known.field);

@@ -62,6 +62,8 @@ pub enum FlagFault {
     Casefold,
     #[error("ea_inode on what is no regular file")]
     EaInode,
+    #[error("encrypted without the feature")]
+    Encrypted,
     #[error("immutable or append on a special file")]
     Immutable,
 }
@@ -465,16 +467,24 @@ pub enum Finding {
 impl Finding {
     /// How bad it is.
     #[must_use]
-    pub const fn class(&self) -> Class {
+    pub fn class(&self) -> Class {
         match self {
             Self::ReplayPending { .. }
             | Self::OrphanFileClean
             | Self::OrphanToDelete { .. }
             | Self::OrphanToTruncate { .. } => Class::Pending,
 
-            Self::ErrorState { .. } | Self::BackupSuper { .. } | Self::JournalErrno { .. } => {
-                Class::Unseen
-            }
+            Self::ErrorState { .. }
+            | Self::BackupSuper { .. }
+            | Self::JournalErrno { .. }
+            | Self::OrphanList { .. }
+            | Self::Superblock(SuperblockError::Field {
+                field: "s_def_hash_version",
+                ..
+            })
+            | Self::JournalSuper(
+                JournalSbError::First { .. } | JournalSbError::TooShort { .. },
+            ) => Class::Unseen,
             Self::JournalInode {
                 has_backup: true, ..
             }
@@ -558,15 +568,14 @@ impl Finding {
             | Self::Circle { .. }
             | Self::Unattached { .. }
             | Self::JournalReplay(_)
-            | Self::JournalNotEmpty
-            | Self::OrphanList { .. } => Class::Fault,
+            | Self::JournalNotEmpty => Class::Fault,
         }
     }
 
     /// Whether `e2fsck -fn` says anything about it: it does not replay, and takes orphans for
     /// inodes that were deleted by halves.
     #[must_use]
-    pub const fn is_told_by_e2fsck(&self) -> bool {
+    pub fn is_told_by_e2fsck(&self) -> bool {
         match (self, self.class()) {
             (Self::OrphanToTruncate { is_told, .. }, _) => *is_told,
             (Self::ReplayPending { .. }, _) | (_, Class::Unseen) => false,
@@ -595,6 +604,7 @@ impl FlagFault {
             | Self::InlineFeature
             | Self::Imagic
             | Self::Casefold
+            | Self::Encrypted
             | Self::EaInode => Class::Fault,
         }
     }

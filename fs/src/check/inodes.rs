@@ -349,6 +349,10 @@ fn general(cx: &Cx<'_>, state: &mut State, inode: &Inode<'_>) {
         let (flags, fault) = (inode.flags.bits(), FlagFault::ExtentsOnFastLink);
         state.tell(Finding::InodeFlags { ino, flags, fault });
     }
+    if inode.flags.contains(InodeFlags::ENCRYPT) {
+        let (flags, fault) = (inode.flags.bits(), FlagFault::Encrypted);
+        state.tell(Finding::InodeFlags { ino, flags, fault });
+    }
     let mut dir = None;
     match inode.kind {
         Kind::Directory => {
@@ -581,7 +585,8 @@ fn check_size(
     } else {
         size > block_map::max_size(geo.block_bits)
     };
-    if is_wrong && inode.kind != Kind::Link && inode.raw.i_links_count.get() != 0 {
+    let is_deleted = inode.is_listed && inode.raw.i_links_count.get() == 0;
+    if is_wrong && inode.kind != Kind::Link && !is_deleted {
         state.tell(Finding::Size { ino, size, end });
     }
     if to_truncate {

@@ -10,7 +10,8 @@ use super::{Cx, Finding, State};
 use crate::format::features::{Compat, Incompat};
 use crate::format::inode::{InodeFlags, RawInode};
 use crate::format::jbd2::{
-    JournalSuperblock, MIN_JOURNAL_BLOCKS, RawJournalSuperblock, SUPERBLOCK_V1,
+    self, DEFAULT_FC_BLOCKS, JournalSuperblock, MIN_JOURNAL_BLOCKS, RawJournalSuperblock,
+    SUPERBLOCK_V1,
 };
 use crate::format::superblock::RawSuperblock;
 use crate::geometry::Geometry;
@@ -30,10 +31,11 @@ pub(super) fn replay(
 ) -> Option<()> {
     let has_journal = geo.compat.contains(Compat::HAS_JOURNAL);
     let needs_recovery = geo.incompat.contains(Incompat::RECOVER);
-    if !has_journal && !needs_recovery && geo.journal_inum == 0 {
+    let is_external = raw.s_journal_uuid != [0; 16];
+    if !has_journal && !needs_recovery && geo.journal_inum == 0 && !is_external {
         return Some(());
     }
-    if raw.s_journal_uuid != [0; 16] {
+    if is_external {
         state.tell(Finding::JournalField {
             field: "s_journal_uuid",
             value: u64::from(raw.s_journal_dev.get()),
@@ -147,8 +149,8 @@ fn file(cx: &Cx<'_>, bytes: &[u8]) -> Result<Vec<FileRun>, &'static str> {
         return Err("i_flags say encrypted");
     }
     let size = u64::from(raw.i_size_lo.get()) | u64::from(raw.i_size_high.get()) << 32;
-    let count = size >> cx.geo.block_bits;
-    if count < MIN_JOURNAL_BLOCKS.into() {
+    let count = size.div_ceil(cx.geo.block_size.into());
+    if size >> cx.geo.block_bits < MIN_JOURNAL_BLOCKS.into() {
         return Err("i_size is too small");
     }
     if count > cx.geo.blocks_count {
@@ -190,6 +192,16 @@ fn check_fields(block: &[u8], state: &mut State) {
     let Ok((raw, _)) = RawJournalSuperblock::read_from_prefix(block) else {
         return;
     };
+    let maxlen = raw.s_maxlen.get();
+    let fc = match raw.s_num_fc_blks.get() {
+        0 => DEFAULT_FC_BLOCKS,
+        fc => fc,
+    };
+    let has_fc = raw.s_feature_incompat.get() & jbd2::Incompat::FAST_COMMIT.bits() != 0;
+    if has_fc && maxlen.saturating_sub(fc) < MIN_JOURNAL_BLOCKS {
+        let (field, value) = ("s_num_fc_blks", fc.into());
+        state.tell(Finding::JournalField { field, value });
+    }
     let is_v1 = raw.s_header.h_blocktype.get() == SUPERBLOCK_V1;
     let features = raw.s_feature_compat.get()
         | raw.s_feature_incompat.get()

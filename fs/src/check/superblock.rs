@@ -18,6 +18,11 @@ const RESIZE_INO: u32 = 7;
 /// Its one block of pointers to pointers.
 const DIND_BLOCK: usize = 13;
 
+/// The longest group descriptor.
+const MAX_DESC_SIZE: u16 = 1024;
+/// Reserved inodes that hold something else.
+const NOT_FOR_QUOTA: [u32; 8] = [1, 2, 5, 6, 7, 8, 9, 10];
+
 /// Reads the superblock, from what a replay would write or else from the source.
 pub(super) fn read(
     source: &dyn Source,
@@ -89,8 +94,13 @@ pub(super) fn check(cx: &Cx<'_>, state: &mut State) {
         field("s_r_blocks_count", raw.reserved_blocks(), want);
     }
     let desc_size = raw.s_desc_size.get();
-    if desc_size != 0 && !desc_size.is_power_of_two() {
-        field("s_desc_size", desc_size.into(), "a power of two");
+    if desc_size > MAX_DESC_SIZE || (desc_size != 0 && !desc_size.is_power_of_two()) {
+        field("s_desc_size", desc_size.into(), "a power of two up to 1024");
+    }
+    let unknown = geo.compat - Compat::all();
+    if !unknown.is_empty() {
+        let value = geo.compat.bits().into();
+        field("s_feature_compat", value, "no unknown feature");
     }
     let ipg_max = (geo.blocks_per_group - 4)
         .saturating_mul(geo.block_size / u32::from(geo.inode_size));
@@ -116,6 +126,16 @@ pub(super) fn check(cx: &Cx<'_>, state: &mut State) {
     if !resize && geo.reserved_gdt_blocks != 0 {
         let value = geo.reserved_gdt_blocks.into();
         field("s_reserved_gdt_blocks", value, "0 without resize_inode");
+    }
+    for (name, inum) in [
+        ("s_usr_quota_inum", raw.s_usr_quota_inum),
+        ("s_grp_quota_inum", raw.s_grp_quota_inum),
+        ("s_prj_quota_inum", raw.s_prj_quota_inum),
+    ] {
+        let ino = inum.get();
+        if NOT_FOR_QUOTA.contains(&ino) || ino > geo.inodes_count {
+            field(name, ino.into(), "an inode that may hold a quota");
+        }
     }
     check_features(cx, state);
     let now = SystemTime::now().duration_since(UNIX_EPOCH);

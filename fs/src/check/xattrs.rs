@@ -122,7 +122,8 @@ fn check_ibody(body: &[u8]) -> Result<(), (usize, XattrFault)> {
         if size != 0 && !taken.take(start, padded(size), end) {
             return Err((at, XattrFault::Value));
         }
-        let value = if size == 0 { &[] } else { &body[start..start + size] };
+        // The padding is hashed, too; it should be zero.
+        let value = if size == 0 { &[] } else { &body[start..start + padded(size)] };
         let hash = entry.e_hash.get();
         // Old inodes have none.
         if hash != 0 && hash != entry_hash(name, value) && hash != signed_hash(name, value) {
@@ -234,7 +235,7 @@ fn check_entries(bytes: &[u8]) -> Result<(), (usize, XattrFault)> {
         if size != 0 && !taken.take(start, padded(size), end) {
             return Err((at, XattrFault::Value));
         }
-        let value = if size == 0 { &[] } else { &bytes[start..start + size] };
+        let value = if size == 0 { &[] } else { &bytes[start..start + padded(size)] };
         let name = &bytes[at + ENTRY_LEN..][..name_len];
         let hash = entry.e_hash.get();
         if hash != entry_hash(name, value) && hash != signed_hash(name, value) {

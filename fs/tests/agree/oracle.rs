@@ -62,7 +62,7 @@ impl Oracle {
 
 /// What it prints of a sound image, and advice.
 fn is_usual(line: &str) -> bool {
-    let begins = ["e2fsck 1.", "Pass "];
+    let begins = ["e2fsck 1.", "Pass ", "Warning: skipping journal recovery"];
     line.trim().is_empty()
         || begins.iter().any(|word| line.starts_with(word))
         || line.ends_with(" blocks") && line.contains("% non-contiguous)")
