@@ -141,7 +141,9 @@ fn one_damaged_field_is_seen_by_both_or_by_neither() {
                     } else {
                         totals.quiet += 1;
                     }
-                    totals.differ.extend(res.err().map(|text| format!("seed {seed}: {text}")));
+                    totals
+                        .differ
+                        .extend(res.err().map(|text| format!("seed {seed}: {text}")));
                 }
             });
         }

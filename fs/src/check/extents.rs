@@ -5,9 +5,7 @@ use super::finding::ExtentFault;
 use super::inodes::{Inode, Kind};
 use super::{Cx, Finding, State};
 use crate::format::csum::crc32c;
-use crate::format::extent::{
-    self, Extent, ExtentState, MAGIC, NodeError, RawExtentHeader, room,
-};
+use crate::format::extent::{self, Extent, ExtentState, MAGIC, NodeError, RawExtentHeader, room};
 use crate::format::features::Incompat;
 
 /// A tree higher than this is not walked.

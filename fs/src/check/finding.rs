@@ -237,9 +237,19 @@ pub enum Finding {
     #[error("superblock: s_state is {state}: errors were seen")]
     ErrorState { state: u16 },
     #[error("superblock: s_free_blocks_count is {found}, expected {want}")]
-    FreeBlocks { found: u64, want: u64 },
+    FreeBlocks {
+        found: u64,
+        want: u64,
+        /// It was not unmounted: the count is made anew at the next mount.
+        is_mounted: bool,
+    },
     #[error("superblock: s_free_inodes_count is {found}, expected {want}")]
-    FreeInodes { found: u32, want: u32 },
+    FreeInodes {
+        found: u32,
+        want: u32,
+        /// As above.
+        is_mounted: bool,
+    },
     #[error("superblock copy in group {group}: {field} differs")]
     BackupSuper { group: u32, field: &'static str },
     #[error("resize inode: {what}")]
@@ -335,7 +345,9 @@ pub enum Finding {
         block: u64,
         error: NodeError,
     },
-    #[error("inode {ino}: et_checksum of extent block {block} is {found:#010x}, expected {want:#010x}")]
+    #[error(
+        "inode {ino}: et_checksum of extent block {block} is {found:#010x}, expected {want:#010x}"
+    )]
     ExtentChecksum {
         ino: u32,
         block: u64,
@@ -377,7 +389,9 @@ pub enum Finding {
         block: u64,
         error: XattrError,
     },
-    #[error("inode {ino}: attribute block {block}: h_checksum is {found:#010x}, expected {want:#010x}")]
+    #[error(
+        "inode {ino}: attribute block {block}: h_checksum is {found:#010x}, expected {want:#010x}"
+    )]
     XattrChecksum {
         ino: u32,
         block: u64,
@@ -470,6 +484,12 @@ impl Finding {
     pub fn class(&self) -> Class {
         match self {
             Self::ReplayPending { .. }
+            | Self::FreeBlocks {
+                is_mounted: true, ..
+            }
+            | Self::FreeInodes {
+                is_mounted: true, ..
+            }
             | Self::OrphanFileClean
             | Self::OrphanToDelete { .. }
             | Self::OrphanToTruncate { .. } => Class::Pending,
@@ -478,13 +498,14 @@ impl Finding {
             | Self::BackupSuper { .. }
             | Self::JournalErrno { .. }
             | Self::OrphanList { .. }
+            | Self::XattrBlock { ino: 3..=10, .. }
             | Self::Superblock(SuperblockError::Field {
                 field: "s_def_hash_version",
                 ..
             })
-            | Self::JournalSuper(
-                JournalSbError::First { .. } | JournalSbError::TooShort { .. },
-            ) => Class::Unseen,
+            | Self::JournalSuper(JournalSbError::First { .. } | JournalSbError::TooShort { .. }) => {
+                Class::Unseen
+            }
             Self::JournalInode {
                 has_backup: true, ..
             }

@@ -30,8 +30,10 @@ impl Group {
         let (low, rest) = RawGroupDesc::read_from_prefix(bytes).ok()?;
         let high = RawGroupDescHigh::read_from_prefix(rest).ok();
         let high = high.map(|(high, _)| high);
-        let block = |low: u32, high: Option<u32>| u64::from(low) | u64::from(high.unwrap_or(0)) << 32;
-        let count = |low: u16, high: Option<u16>| u32::from(low) | u32::from(high.unwrap_or(0)) << 16;
+        let block =
+            |low: u32, high: Option<u32>| u64::from(low) | u64::from(high.unwrap_or(0)) << 32;
+        let count =
+            |low: u16, high: Option<u16>| u32::from(low) | u32::from(high.unwrap_or(0)) << 16;
         Some(Self {
             block_bitmap: block(
                 low.bg_block_bitmap_lo.get(),
@@ -524,12 +526,9 @@ fn compare_inodes(
     let first = u64::from(group) * u64::from(geo.inodes_per_group) + 1;
     let State { inos, report, .. } = state;
     let in_use = |at| inos.used.word(first + at) | inos.orphans.word(first + at);
-    let free = compare(
-        bytes,
-        geo.inodes_per_group,
-        in_use,
-        |at, is_marked| runs.add(first + at, is_marked, &mut |run| report.push(run.inodes())),
-    );
+    let free = compare(bytes, geo.inodes_per_group, in_use, |at, is_marked| {
+        runs.add(first + at, is_marked, &mut |run| report.push(run.inodes()))
+    });
     // As e2fsck, only directories whose bit is set.
     let mut dirs = 0;
     compare(

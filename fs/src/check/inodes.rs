@@ -164,7 +164,8 @@ struct Scan {
 impl Scan {
     fn inode(&self, cx: &Cx<'_>, state: &mut State, ino: u32, bytes: &[u8]) {
         let is_zero = bytes[..GOOD_OLD_SIZE].iter().all(|&byte| byte == 0);
-        if is_zero && ino >= cx.geo.first_ino {
+        let is_known = is_hidden(cx, ino) || ino == cx.geo.orphan_file_inum;
+        if is_zero && ino >= cx.geo.first_ino && !is_known {
             return;
         }
         let seed = cx.geo.csum_seed;
@@ -174,8 +175,10 @@ impl Scan {
         let mut bad_csum = false;
         if cx.geo.metadata_csum()
             && !is_zero
-            && let Err(InodeError::Checksum { found, want }) =
-                verify_inode(inode_csum_seed(seed, ino, inode.raw.i_generation.get()), bytes)
+            && let Err(InodeError::Checksum { found, want }) = verify_inode(
+                inode_csum_seed(seed, ino, inode.raw.i_generation.get()),
+                bytes,
+            )
         {
             bad_csum = true;
             state.tell(Finding::InodeChecksum { ino, found, want });
@@ -210,6 +213,10 @@ fn is_hidden(cx: &Cx<'_>, ino: u32) -> bool {
 fn orphan(cx: &Cx<'_>, state: &mut State, inode: &Inode<'_>) {
     let ino = inode.ino;
     state.tell(Finding::OrphanToDelete { ino });
+    if inode.kind == Kind::Directory {
+        // Its group counts it until it is freed.
+        state.inos.dirs.add(ino.into());
+    }
     check_flags(cx, state, inode);
     check_blocks(cx, state, inode, None);
 }
@@ -382,11 +389,7 @@ fn check_fields(cx: &Cx<'_>, state: &mut State, inode: &Inode<'_>) {
     let large_dir = geo.incompat.contains(Incompat::LARGEDIR);
     let fields = [
         ("i_obso_faddr", raw.i_obso_faddr.get(), true),
-        (
-            "i_size_high",
-            raw.i_size_high.get(),
-            is_dir && !large_dir,
-        ),
+        ("i_size_high", raw.i_size_high.get(), is_dir && !large_dir),
         (
             "i_file_acl_high",
             raw.i_file_acl_high.get().into(),
@@ -564,13 +567,7 @@ fn check_blocks(cx: &Cx<'_>, state: &mut State, inode: &Inode<'_>, dir: Option<u
     check_count(cx, state, inode, walk.blocks);
 }
 
-fn check_size(
-    cx: &Cx<'_>,
-    state: &mut State,
-    inode: &Inode<'_>,
-    walk: &Walk,
-    to_truncate: bool,
-) {
+fn check_size(cx: &Cx<'_>, state: &mut State, inode: &Inode<'_>, walk: &Walk, to_truncate: bool) {
     let (ino, size, geo) = (inode.ino, inode.size, cx.geo);
     let end = walk.end();
     let block_size = u64::from(geo.block_size);
@@ -578,7 +575,10 @@ fn check_size(
         let blocks = size >> geo.block_bits;
         let spare = u64::from(cx.raw.s_prealloc_dir_blocks);
         size % block_size != 0 || blocks > end || end - blocks > spare
-    } else if walk.last_written.is_some_and(|last| size < last * block_size) {
+    } else if walk
+        .last_written
+        .is_some_and(|last| size < last * block_size)
+    {
         !to_truncate
     } else if inode.has_extents(cx) {
         size > (1 << (32 + geo.block_bits)) - 1
@@ -590,7 +590,9 @@ fn check_size(
         state.tell(Finding::Size { ino, size, end });
     }
     if to_truncate {
-        let past = walk.last_written.is_some_and(|last| size < last * block_size);
+        let past = walk
+            .last_written
+            .is_some_and(|last| size < last * block_size);
         let is_told = past || inode.raw.i_dtime.get() != 0;
         state.tell(Finding::OrphanToTruncate { ino, size, is_told });
     }

@@ -8,7 +8,7 @@ use super::runs::{self, FileRun};
 use super::source::{Blocks, Overlay, Source};
 use super::{Cx, Finding, State};
 use crate::format::features::{Compat, Incompat};
-use crate::format::inode::{InodeFlags, RawInode};
+use crate::format::inode::{InodeFlags, RawInode, inode_csum_seed, verify_inode};
 use crate::format::jbd2::{
     self, DEFAULT_FC_BLOCKS, JournalSuperblock, MIN_JOURNAL_BLOCKS, RawJournalSuperblock,
     SUPERBLOCK_V1,
@@ -94,20 +94,20 @@ fn open(
         state.tell(error);
         return None;
     }
-    let found = inode(&cx, &groups, ino).and_then(|bytes| file(&cx, &bytes));
+    let found = inode(&cx, &groups, ino).and_then(|bytes| file(&cx, ino, &bytes));
     let log = match found {
         Ok(log) => log,
         Err(what) => {
-            let has_backup = raw.s_jnl_backup_type == BACKUP_BLOCKS;
+            let has_copy = raw.s_jnl_backup_type == BACKUP_BLOCKS;
+            let log = has_copy
+                .then(|| file(&cx, ino, &backup(raw)).ok())
+                .flatten();
             state.tell(Finding::JournalInode {
                 ino,
                 what,
-                has_backup,
+                has_backup: log.is_some(),
             });
-            if !has_backup {
-                return None;
-            }
-            file(&cx, &backup(raw)).ok()?
+            log?
         }
     };
     let mut block = vec![0; cx.block_size()];
@@ -133,11 +133,16 @@ fn inode(cx: &Cx<'_>, groups: &[Group], ino: u32) -> Result<Vec<u8>, &'static st
     res.map_err(|_error| "it cannot be read")?;
     bytes.drain(..at);
     bytes.truncate(cx.geo.inode_size.into());
+    let (raw, _) = RawInode::read_from_prefix(&bytes).map_err(|_error| "no inode")?;
+    let seed = inode_csum_seed(cx.geo.csum_seed, ino, raw.i_generation.get());
+    if cx.geo.metadata_csum() && verify_inode(seed, &bytes).is_err() {
+        return Err("i_checksum is wrong");
+    }
     Ok(bytes)
 }
 
 /// The blocks of a journal's file.
-fn file(cx: &Cx<'_>, bytes: &[u8]) -> Result<Vec<FileRun>, &'static str> {
+fn file(cx: &Cx<'_>, ino: u32, bytes: &[u8]) -> Result<Vec<FileRun>, &'static str> {
     let (raw, _) = RawInode::read_from_prefix(bytes).map_err(|_error| "no inode")?;
     if raw.i_links_count.get() == 0 {
         return Err("i_links_count is 0");
@@ -156,7 +161,7 @@ fn file(cx: &Cx<'_>, bytes: &[u8]) -> Result<Vec<FileRun>, &'static str> {
     if count > cx.geo.blocks_count {
         return Err("i_size is larger than the file system");
     }
-    let mut runs = runs::of_inode(cx, bytes, count)?;
+    let mut runs = runs::of_inode(cx, ino, bytes, count)?;
     // What lies past the end is no part of the journal.
     while let Some(run) = runs.last_mut() {
         if run.lblk >= count {
@@ -169,7 +174,7 @@ fn file(cx: &Cx<'_>, bytes: &[u8]) -> Result<Vec<FileRun>, &'static str> {
     Ok(runs)
 }
 
-/// An inode made of the copy of its map in the superblock.
+/// An inode made of the copy of its map in the superblock; as in e2fsck, only of a block map.
 fn backup(raw: &RawSuperblock) -> Vec<u8> {
     let mut bytes = vec![0; 128];
     let words = raw.s_jnl_blocks.map(|word| word.get());
@@ -179,10 +184,6 @@ fn backup(raw: &RawSuperblock) -> Vec<u8> {
     bytes[0x1a..0x1c].copy_from_slice(&1_u16.to_le_bytes());
     for (out, word) in bytes[0x28..0x64].chunks_exact_mut(4).zip(words) {
         out.copy_from_slice(&word.to_le_bytes());
-    }
-    if words[0] & 0xffff == u32::from(crate::format::extent::MAGIC) {
-        let flags = InodeFlags::EXTENTS.bits();
-        bytes[0x20..0x24].copy_from_slice(&flags.to_le_bytes());
     }
     bytes
 }

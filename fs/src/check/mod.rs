@@ -285,10 +285,12 @@ fn run(source: &dyn Source, overlay: &mut Overlay, state: &mut State) -> Option<
     };
     state.size_to(&geo);
     superblock::check(&cx, state);
-    groups::load(&cx, &mut state.groups).or_else(|error| {
-        state.tell(error);
-        Err(())
-    }).ok()?;
+    groups::load(&cx, &mut state.groups)
+        .or_else(|error| {
+            state.tell(error);
+            Err(())
+        })
+        .ok()?;
     groups::check_descriptors(&cx, state)?;
     superblock::check_copies(&cx, state);
     superblock::check_resize_inode(&cx, state);

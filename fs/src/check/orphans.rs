@@ -82,7 +82,7 @@ fn walk_file(cx: &Cx<'_>, state: &mut State) {
     if !groups::read_inode(cx, state, ino, &mut bytes) {
         return;
     }
-    let runs = match runs::of_inode(cx, &bytes, count) {
+    let runs = match runs::of_inode(cx, ino, &bytes, count) {
         Ok(runs) => runs,
         Err(what) => {
             state.tell(Finding::OrphanFile { lblk: 0, what });

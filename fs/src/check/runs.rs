@@ -5,8 +5,9 @@ use zerocopy::FromBytes;
 
 use super::Cx;
 use super::superblock::words;
+use crate::format::csum::crc32c;
 use crate::format::extent::{self, Bounds, Node};
-use crate::format::inode::{InodeFlags, RawInode};
+use crate::format::inode::{InodeFlags, RawInode, inode_csum_seed};
 
 /// Blocks `lblk..lblk + len` of the file stand at `pblk`.
 #[derive(Clone, Copy, Debug)]
@@ -17,15 +18,24 @@ pub(super) struct FileRun {
 }
 
 /// The runs of a file without a hole before block `count`.
-pub(super) fn of_inode(cx: &Cx<'_>, bytes: &[u8], count: u64) -> Result<Vec<FileRun>, &'static str> {
+pub(super) fn of_inode(
+    cx: &Cx<'_>,
+    ino: u32,
+    bytes: &[u8],
+    count: u64,
+) -> Result<Vec<FileRun>, &'static str> {
     let Ok((raw, _)) = RawInode::read_from_prefix(bytes) else {
         return Err("no inode");
     };
     let mut runs = Vec::new();
     let flags = InodeFlags::from_bits_retain(raw.i_flags.get());
-    let mut left = cx.geo.blocks_count;
     if flags.contains(InodeFlags::EXTENTS) {
-        node(cx, &raw.i_block, None, &mut left, &mut runs)?;
+        let mut tree = Tree {
+            cx,
+            seed: inode_csum_seed(cx.geo.csum_seed, ino, raw.i_generation.get()),
+            left: cx.geo.blocks_count,
+        };
+        tree.node(&raw.i_block, None, &mut runs)?;
     } else {
         for (index, pblk) in words(&raw.i_block).enumerate() {
             let depth = (index as u32).saturating_sub(11);
@@ -57,43 +67,56 @@ fn push(runs: &mut Vec<FileRun>, new: FileRun) -> Result<(), &'static str> {
     Ok(())
 }
 
-fn node(
-    cx: &Cx<'_>,
-    bytes: &[u8],
-    depth: Option<u16>,
-    left: &mut u64,
-    runs: &mut Vec<FileRun>,
-) -> Result<(), &'static str> {
-    let bounds = Bounds {
-        first: cx.geo.first_data_block.into(),
-        end: cx.geo.blocks_count,
-    };
-    extent::check(bytes, depth, bounds).map_err(|error| error.what())?;
-    let height = extent::depth(bytes).map_err(|error| error.what())?;
-    match extent::view(bytes, depth).map_err(|error| error.what())? {
-        Node::Leaf(leaf) => {
-            for it in leaf.iter() {
-                push(
-                    runs,
-                    FileRun {
-                        lblk: it.lblk.into(),
-                        pblk: it.pblk,
-                        len: it.len.into(),
-                    },
-                )?;
+struct Tree<'a> {
+    cx: &'a Cx<'a>,
+    /// Seed of the checksums of its nodes.
+    seed: u32,
+    /// Nodes that it may still have.
+    left: u64,
+}
+
+impl Tree<'_> {
+    fn node(
+        &mut self,
+        bytes: &[u8],
+        depth: Option<u16>,
+        runs: &mut Vec<FileRun>,
+    ) -> Result<(), &'static str> {
+        let bounds = Bounds {
+            first: self.cx.geo.first_data_block.into(),
+            end: self.cx.geo.blocks_count,
+        };
+        extent::check(bytes, depth, bounds).map_err(|error| error.what())?;
+        let height = extent::depth(bytes).map_err(|error| error.what())?;
+        match extent::view(bytes, depth).map_err(|error| error.what())? {
+            Node::Leaf(leaf) => {
+                for it in leaf.iter() {
+                    let (lblk, pblk, len) = (it.lblk.into(), it.pblk, it.len.into());
+                    push(runs, FileRun { lblk, pblk, len })?;
+                }
+            }
+            Node::Index(index) => {
+                let mut block = vec![0; self.cx.block_size()];
+                for child in index.iter() {
+                    self.left = self.left.checked_sub(1).ok_or("its map is too long")?;
+                    let res = self.cx.blocks.read(child.pblk, &mut block);
+                    res.map_err(|_error| "its map cannot be read")?;
+                    self.check_sum(&block)?;
+                    self.node(&block, Some(height - 1), runs)?;
+                }
             }
         }
-        Node::Index(index) => {
-            let mut block = vec![0; cx.block_size()];
-            for child in index.iter() {
-                *left = left.checked_sub(1).ok_or("its map is too long")?;
-                let res = cx.blocks.read(child.pblk, &mut block);
-                res.map_err(|_error| "its map cannot be read")?;
-                node(cx, &block, Some(height - 1), left, runs)?;
-            }
-        }
+        Ok(())
     }
-    Ok(())
+
+    fn check_sum(&self, block: &[u8]) -> Result<(), &'static str> {
+        let at = extent::tail_offset(block).ok_or("a node of its map is damaged")?;
+        let want = crc32c(self.seed, &block[..at]).to_le_bytes();
+        if self.cx.geo.metadata_csum() && block[at..at + 4] != want {
+            return Err("et_checksum of its map is wrong");
+        }
+        Ok(())
+    }
 }
 
 fn pointers(
@@ -127,7 +150,9 @@ fn pointers(
 
 /// Finds a block of the file.
 pub(super) fn locate(runs: &[FileRun], lblk: u64) -> Option<u64> {
-    let index = runs.partition_point(|run| run.lblk <= lblk).checked_sub(1)?;
+    let index = runs
+        .partition_point(|run| run.lblk <= lblk)
+        .checked_sub(1)?;
     let run = runs.get(index)?;
     let skip = lblk - run.lblk;
     (skip < run.len).then(|| run.pblk + skip)

@@ -6,10 +6,12 @@ use zerocopy::FromBytes;
 
 use super::source::{Blocks, Overlay, Source};
 use super::{Cx, Finding, State, groups};
-use crate::format::features::{Compat, INCOMPAT_SUPPORTED, Incompat, RO_COMPAT_SUPPORTED, RoCompat};
+use crate::format::features::{
+    Compat, INCOMPAT_SUPPORTED, Incompat, RO_COMPAT_SUPPORTED, RoCompat,
+};
 use crate::format::inode::RawInode;
 use crate::format::superblock::{
-    MAGIC, RawSuperblock, STATE_ERROR, SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE,
+    MAGIC, RawSuperblock, STATE_ERROR, STATE_VALID, SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE,
 };
 use crate::geometry::Geometry;
 
@@ -102,8 +104,8 @@ pub(super) fn check(cx: &Cx<'_>, state: &mut State) {
         let value = geo.compat.bits().into();
         field("s_feature_compat", value, "no unknown feature");
     }
-    let ipg_max = (geo.blocks_per_group - 4)
-        .saturating_mul(geo.block_size / u32::from(geo.inode_size));
+    let ipg_max =
+        (geo.blocks_per_group - 4).saturating_mul(geo.block_size / u32::from(geo.inode_size));
     if geo.inodes_per_group > ipg_max {
         let want = "no more than a group has room for";
         field("s_inodes_per_group", geo.inodes_per_group.into(), want);
@@ -290,15 +292,22 @@ pub(super) fn words(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
 
 /// Counters that e2fsck tells of, but does not take for a fault.
 pub(super) fn check_counters(cx: &Cx<'_>, state: &mut State, blocks: u64, inodes: u32) {
+    let is_left = cx.raw.s_state.get() & STATE_VALID != 0;
+    let is_mounted = !is_left || cx.geo.incompat.contains(Incompat::RECOVER);
     let found = cx.raw.free_blocks();
     if found != blocks {
-        let want = blocks;
-        state.tell(Finding::FreeBlocks { found, want });
+        state.tell(Finding::FreeBlocks {
+            found,
+            want: blocks,
+            is_mounted,
+        });
     }
     let found = cx.raw.s_free_inodes_count.get();
     if found != inodes {
-        let want = inodes;
-        state.tell(Finding::FreeInodes { found, want });
+        state.tell(Finding::FreeInodes {
+            found,
+            want: inodes,
+            is_mounted,
+        });
     }
 }
-

@@ -79,7 +79,11 @@ fn count(cx: &Cx<'_>, state: &mut State) {
             continue;
         }
         let is_dir = state.inos.dirs.has(ino.into());
-        let want = if is_dir && counted > LINK_MAX { 1 } else { counted };
+        let want = if is_dir && counted > LINK_MAX {
+            1
+        } else {
+            counted
+        };
         // A directory that once had too many to count says so for good.
         let gave_up = is_dir
             && found == 1

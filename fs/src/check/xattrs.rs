@@ -7,8 +7,7 @@ use crate::format::csum::crc32c;
 use crate::format::features::Compat;
 use crate::format::inode::GOOD_OLD_SIZE;
 use crate::format::xattr::{
-    BLOCK_HEADER_LEN, CHECKSUM_AT, IBODY_HEADER_LEN, MAGIC, RawXattrEntry, entry_hash,
-    header,
+    BLOCK_HEADER_LEN, CHECKSUM_AT, IBODY_HEADER_LEN, MAGIC, RawXattrEntry, entry_hash, header,
 };
 use zerocopy::FromBytes;
 
@@ -64,7 +63,11 @@ fn is_last(bytes: &[u8], at: usize) -> bool {
 
 /// Checks the attributes behind the fields of an inode, and the length of these.
 pub(super) fn check_inode(cx: &Cx<'_>, state: &mut State, inode: &Inode<'_>) {
-    let Some(rest) = inode.bytes.get(GOOD_OLD_SIZE..).filter(|rest| rest.len() > 4) else {
+    let Some(rest) = inode
+        .bytes
+        .get(GOOD_OLD_SIZE..)
+        .filter(|rest| rest.len() > 4)
+    else {
         return;
     };
     let ino = inode.ino;
@@ -123,7 +126,11 @@ fn check_ibody(body: &[u8]) -> Result<(), (usize, XattrFault)> {
             return Err((at, XattrFault::Value));
         }
         // The padding is hashed, too; it should be zero.
-        let value = if size == 0 { &[] } else { &body[start..start + padded(size)] };
+        let value = if size == 0 {
+            &[]
+        } else {
+            &body[start..start + padded(size)]
+        };
         let hash = entry.e_hash.get();
         // Old inodes have none.
         if hash != 0 && hash != entry_hash(name, value) && hash != signed_hash(name, value) {
@@ -235,7 +242,11 @@ fn check_entries(bytes: &[u8]) -> Result<(), (usize, XattrFault)> {
         if size != 0 && !taken.take(start, padded(size), end) {
             return Err((at, XattrFault::Value));
         }
-        let value = if size == 0 { &[] } else { &bytes[start..start + padded(size)] };
+        let value = if size == 0 {
+            &[]
+        } else {
+            &bytes[start..start + padded(size)]
+        };
         let name = &bytes[at + ENTRY_LEN..][..name_len];
         let hash = entry.e_hash.get();
         if hash != entry_hash(name, value) && hash != signed_hash(name, value) {
@@ -246,7 +257,11 @@ fn check_entries(bytes: &[u8]) -> Result<(), (usize, XattrFault)> {
             && before >= key
         {
             let is_same = before == key;
-            let fault = if is_same { XattrFault::Twice } else { XattrFault::Order };
+            let fault = if is_same {
+                XattrFault::Twice
+            } else {
+                XattrFault::Order
+            };
             oddity = Err((at, fault));
         }
         if name.contains(&0) {
@@ -279,4 +294,3 @@ pub(super) fn tell_refcount(cx: &Cx<'_>, state: &mut State, block: u64, left: i6
     let want = u64::try_from(i64::from(found) - left).unwrap_or(0);
     state.tell(Finding::XattrRefcount { block, found, want });
 }
-

@@ -46,7 +46,11 @@ impl Oracle {
         for (at, bytes) in image.parts_unlike(&base.image) {
             file.write_all_at(bytes, at as u64).unwrap();
         }
-        let out = Command::new("e2fsck").arg("-fn").arg(&path).output().unwrap();
+        let out = Command::new("e2fsck")
+            .arg("-fn")
+            .arg(&path)
+            .output()
+            .unwrap();
         for (at, bytes) in base.image.parts_unlike(image) {
             file.write_all_at(bytes, at as u64).unwrap();
         }
