@@ -305,7 +305,9 @@ impl Block<'_> {
                 ino: entry.ino,
             });
         }
-        state.links[entry.ino as usize - 1].1 += 1;
+        if let Some(counts) = state.links_of(self.cx.geo, entry.ino) {
+            counts.1 += 1;
+        }
     }
 
     fn check_dot(&self, state: &mut State, entry: &Entry<'_>) {

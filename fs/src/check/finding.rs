@@ -449,8 +449,12 @@ pub enum Finding {
         /// The superblock holds a copy of its map.
         has_backup: bool,
     },
-    #[error("{0}")]
-    JournalSuper(JournalSbError),
+    #[error("{error}")]
+    JournalSuper {
+        error: JournalSbError,
+        /// The log cannot be replayed, though it should.
+        needs_recovery: bool,
+    },
     #[error("{0}")]
     JournalReplay(ReplayError),
     #[error("journal: not empty, but the superblock does not say needs_recovery")]
@@ -503,9 +507,10 @@ impl Finding {
                 field: "s_def_hash_version",
                 ..
             })
-            | Self::JournalSuper(JournalSbError::First { .. } | JournalSbError::TooShort { .. }) => {
-                Class::Unseen
-            }
+            | Self::JournalSuper {
+                error: JournalSbError::First { .. } | JournalSbError::TooShort { .. },
+                needs_recovery: false,
+            } => Class::Unseen,
             Self::JournalInode {
                 has_backup: true, ..
             }
@@ -554,7 +559,7 @@ impl Finding {
             | Self::Links { .. }
             | Self::JournalField { .. }
             | Self::JournalInode { .. }
-            | Self::JournalSuper(_)
+            | Self::JournalSuper { .. }
             | Self::OrphanFile { .. }
             | Self::OrphanPresent => Class::Preen,
 
@@ -599,7 +604,17 @@ impl Finding {
     pub fn is_told_by_e2fsck(&self) -> bool {
         match (self, self.class()) {
             (Self::OrphanToTruncate { is_told, .. }, _) => *is_told,
-            (Self::ReplayPending { .. }, _) | (_, Class::Unseen) => false,
+            (
+                Self::ReplayPending { .. }
+                | Self::FreeBlocks {
+                    is_mounted: true, ..
+                }
+                | Self::FreeInodes {
+                    is_mounted: true, ..
+                },
+                _,
+            )
+            | (_, Class::Unseen) => false,
             (_, Class::Pending | Class::Notice | Class::Preen | Class::Fault) => true,
         }
     }

@@ -144,6 +144,27 @@ pub(super) fn read_inode(cx: &Cx<'_>, state: &mut State, ino: u32, out: &mut [u8
     true
 }
 
+/// Whether a group's inodes can be read.
+pub(super) fn has_table(geo: &Geometry, desc: &Group) -> bool {
+    geo.blocks_in_fs(desc.inode_table, geo.itable_blocks.into())
+}
+
+/// Whether a group has its places where those can be; told where not.
+pub(super) fn check_places(geo: &Geometry, group: u32, desc: &Group, state: &mut State) -> bool {
+    let mut all_there = true;
+    for (field, block, len) in places(geo, desc) {
+        if !is_inside(geo, group, block, len) {
+            state.tell(Finding::GroupLocation {
+                group,
+                field,
+                block,
+            });
+            all_there = false;
+        }
+    }
+    all_there
+}
+
 /// Checks the descriptors and gives the metadata blocks to their groups; `None` where the
 /// inodes cannot be found.
 pub(super) fn check_descriptors(cx: &Cx<'_>, state: &mut State) -> Option<()> {
@@ -155,16 +176,7 @@ pub(super) fn check_descriptors(cx: &Cx<'_>, state: &mut State) -> Option<()> {
     for group in 0..geo.group_count {
         let desc = state.groups[group as usize];
         check_descriptor(geo, state, group, &desc);
-        for (field, block, len) in places(geo, &desc) {
-            if !is_inside(geo, group, block, len) {
-                state.tell(Finding::GroupLocation {
-                    group,
-                    field,
-                    block,
-                });
-                all_there = false;
-            }
-        }
+        all_there &= check_places(geo, group, &desc, state);
     }
     if !all_there {
         return None;

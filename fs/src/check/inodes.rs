@@ -116,6 +116,7 @@ pub(super) fn scan(cx: &Cx<'_>, state: &mut State) {
         let desc: Group = state.groups[group as usize];
         let first = group * cx.geo.inodes_per_group + 1;
         let count = desc.scanned(cx.geo) as usize;
+        state.links[group as usize].resize(count, (0, 0));
         let mut index = 0;
         while index < count {
             let blocks = (count - index).div_ceil(per_block).min(chunk);
@@ -188,7 +189,9 @@ impl Scan {
         if is_low && !inode.is_listed {
             state.tell(Finding::LowDeletionTime { ino, dtime });
         }
-        state.links[ino as usize - 1].0 = links;
+        if let Some(counts) = state.links_of(cx.geo, ino) {
+            counts.0 = links;
+        }
         if links == 0 && ino >= cx.geo.first_ino && !is_hidden(cx, ino) {
             if inode.is_listed {
                 orphan(cx, state, &inode);

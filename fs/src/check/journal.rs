@@ -94,6 +94,16 @@ fn open(
         state.tell(error);
         return None;
     }
+    let needs_recovery = geo.incompat.contains(Incompat::RECOVER);
+    // The log may hold a better descriptor, but not of the group that the log itself needs.
+    let group = ino
+        .checked_sub(1)
+        .map_or(0, |index| index / geo.inodes_per_group);
+    let desc = groups.get(group as usize);
+    if needs_recovery && desc.is_some_and(|desc| !groups::has_table(geo, desc)) {
+        groups::check_places(geo, group, &groups[group as usize], state);
+        return None;
+    }
     let found = inode(&cx, &groups, ino).and_then(|bytes| file(&cx, ino, &bytes));
     let log = match found {
         Ok(log) => log,
@@ -120,7 +130,10 @@ fn open(
     match JournalSuperblock::parse(&block, geo.block_size, count) {
         Ok(sb) => Some((log, sb)),
         Err(error) => {
-            state.tell(Finding::JournalSuper(error));
+            state.tell(Finding::JournalSuper {
+                error,
+                needs_recovery,
+            });
             None
         }
     }

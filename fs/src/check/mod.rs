@@ -21,8 +21,8 @@
 //!
 //! # Bounds
 //!
-//! Memory is a few bits per block and per inode, eight bytes per inode, and what the directories'
-//! block lists and the largest directory's names take. No block of a map is walked twice: one that
+//! Memory is a few bits per block and per inode, eight bytes for each inode of the tables that are
+//! in use, and what the directories' block lists and the largest directory's names take. No block of a map is walked twice: one that
 //! has an owner already is reported and left alone, so that no damage makes a loop or a long walk.
 //! At most [`MAX_FINDINGS`] findings are kept; the others are counted.
 //!
@@ -145,8 +145,8 @@ struct State {
     /// Those of superblocks, descriptors, bitmaps and inode tables.
     metadata: Bits,
     inos: InodeSets,
-    /// `i_links_count` and the entries found, by inode number less one.
-    links: Vec<(u16, u32)>,
+    /// `i_links_count` and the entries found, of each group's inodes that are looked at.
+    links: Vec<Vec<(u16, u32)>>,
     dirs: Vec<dirs::Dir>,
     dir_blocks: Vec<dirs::DirBlock>,
     /// References that attribute blocks say they have, less those that were seen.
@@ -173,7 +173,7 @@ impl State {
     fn reset(&mut self) {
         self.report = Report::default();
         self.groups.clear();
-        self.links.clear();
+        self.links.iter_mut().for_each(Vec::clear);
         self.dirs.clear();
         self.dir_blocks.clear();
         self.xattr_blocks.clear();
@@ -197,7 +197,13 @@ impl State {
         ] {
             set.reset(inodes);
         }
-        self.links.resize(inodes as usize, (0, 0));
+        self.links.resize(geo.group_count as usize, Vec::new());
+    }
+
+    /// Link count and entries found of an inode that is looked at.
+    fn links_of(&mut self, geo: &Geometry, ino: u32) -> Option<&mut (u16, u32)> {
+        let (group, index) = geo.group_of_ino(ino);
+        self.links.get_mut(group as usize)?.get_mut(index as usize)
     }
 
     fn tell(&mut self, finding: Finding) {

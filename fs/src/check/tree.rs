@@ -63,36 +63,44 @@ fn climb(state: &mut State, start: usize) {
 
 fn count(cx: &Cx<'_>, state: &mut State) {
     let geo = cx.geo;
-    for ino in 1..=geo.inodes_count {
-        let is_reserved = ino > ROOT_INO && ino < geo.first_ino;
-        let is_hidden = ino == geo.orphan_file_inum || ino == cx.raw.s_prj_quota_inum.get();
-        if is_reserved || is_hidden || ino == BAD_BLOCKS_INO {
-            continue;
+    for group in 0..geo.group_count {
+        let scanned = state.links.get(group as usize).map_or(0, Vec::len);
+        let first = group * geo.inodes_per_group + 1;
+        for ino in first..first + scanned as u32 {
+            count_one(cx, state, ino);
         }
-        if !state.inos.used.has(ino.into()) {
-            continue;
-        }
-        let (found, counted) = state.links[ino as usize - 1];
-        let found = u32::from(found);
-        if counted == 0 {
-            state.tell(Finding::Unattached { ino });
-            continue;
-        }
-        let is_dir = state.inos.dirs.has(ino.into());
-        let want = if is_dir && counted > LINK_MAX {
-            1
-        } else {
-            counted
-        };
-        // A directory that once had too many to count says so for good.
-        let gave_up = is_dir
-            && found == 1
-            && want > 1
-            && geo.compat.contains(Compat::DIR_INDEX)
-            && is_indexed(state, ino);
-        if found != want && !gave_up {
-            state.tell(Finding::Links { ino, found, want });
-        }
+    }
+}
+
+fn count_one(cx: &Cx<'_>, state: &mut State, ino: u32) {
+    let geo = cx.geo;
+    let is_reserved = ino > ROOT_INO && ino < geo.first_ino;
+    let is_hidden = ino == geo.orphan_file_inum || ino == cx.raw.s_prj_quota_inum.get();
+    if is_reserved || is_hidden || ino == BAD_BLOCKS_INO || !state.inos.used.has(ino.into()) {
+        return;
+    }
+    let Some(&mut (found, counted)) = state.links_of(geo, ino) else {
+        return;
+    };
+    let found = u32::from(found);
+    if counted == 0 {
+        state.tell(Finding::Unattached { ino });
+        return;
+    }
+    let is_dir = state.inos.dirs.has(ino.into());
+    let want = if is_dir && counted > LINK_MAX {
+        1
+    } else {
+        counted
+    };
+    // A directory that once had too many to count says so for good.
+    let gave_up = is_dir
+        && found == 1
+        && want > 1
+        && geo.compat.contains(Compat::DIR_INDEX)
+        && is_indexed(state, ino);
+    if found != want && !gave_up {
+        state.tell(Finding::Links { ino, found, want });
     }
 }
 
