@@ -291,12 +291,10 @@ fn run(source: &dyn Source, overlay: &mut Overlay, state: &mut State) -> Option<
     };
     state.size_to(&geo);
     superblock::check(&cx, state);
-    groups::load(&cx, &mut state.groups)
-        .or_else(|error| {
-            state.tell(error);
-            Err(())
-        })
-        .ok()?;
+    if let Err(error) = groups::load(&cx, &mut state.groups) {
+        state.tell(error);
+        return None;
+    }
     groups::check_descriptors(&cx, state)?;
     superblock::check_copies(&cx, state);
     superblock::check_resize_inode(&cx, state);
