@@ -3,6 +3,7 @@
 
 pub mod alloc;
 pub mod batch;
+pub mod check;
 pub mod core;
 pub mod data;
 pub mod dir;

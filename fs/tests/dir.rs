@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 
 use blockstack::DynDevice;
-use blockstack::backend::mem::MemDisk;
+use blockstack::backend::mem::{self, MemDisk};
 use fs::alloc::InodeUse;
 use fs::dir::{self, Emit, FileType};
 use fs::inode::{Inode, ROOT_INO};
@@ -76,6 +76,9 @@ impl Image {
 
     fn fsck(&self) {
         run(Command::new("e2fsck").args(["-fn"]).arg(self.path()));
+        let image = mem::Image::open(self.path()).unwrap();
+        let report = fs::check::check(&image, &mut fs::check::Scratch::default());
+        assert!(report.is_clean(), "our check: {report}");
     }
 
     fn mount(&self) -> Mounted {

@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 use base::{Base, bases};
 use damage::damage;
 use exercise::{Outcome, exercise};
+use fs::check::{Scratch, check};
 use storm::Random;
 
 struct Counting;
@@ -115,7 +116,24 @@ fn try_seed(bases: &[Base], seed: u64) -> Outcome {
     let base = &bases[seed as usize % bases.len()];
     let mut random = Random(seed.wrapping_mul(0x1_0001));
     let image = damage(base, &mut random);
-    exercise(&format!("s{seed}"), image, random.next())
+    let report = check(&image, &mut Scratch::default());
+    let outcome = exercise(&format!("s{seed}"), image, random.next());
+    if report.faults().next().is_none() {
+        agree(&format!("seed {seed}, {}: {report}", base.name), &outcome);
+    }
+    outcome
+}
+
+/// Where our check finds nothing, nothing else may, and it stays so.
+fn agree(about: &str, outcome: &Outcome) {
+    assert!(outcome.refused.is_none(), "{about}: {:?}", outcome.refused);
+    assert!(!outcome.has_damage(), "{about}: {:?}", outcome.errors);
+    // Without a journal, what lost its name while somebody knew it stays, for e2fsck to free.
+    let after = outcome.after.as_ref();
+    if let Some(after) = after.filter(|after| storm::image::has_journal(after)) {
+        let report = check(after, &mut Scratch::default());
+        assert!(report.is_clean(), "{about}, afterwards: {report}");
+    }
 }
 
 #[derive(Default)]

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use blockstack::backend::mem::MemDisk;
+use blockstack::backend::mem::{self, MemDisk};
 use fs::alloc::{BlockUse, INODE_CREDITS, InodeUse, Privilege, Run};
 use fs::format::superblock::{RawSuperblock, SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE};
 use fs::inode::map::{self, MapKind, Seek, Written};
@@ -97,6 +97,9 @@ impl Image {
             std::fs::copy(self.file.path(), &keep).unwrap();
             panic!("e2fsck on {}: {code}\n{text}\n{said}", keep.display());
         }
+        let image = mem::Image::open(self.file.path()).unwrap();
+        let report = fs::check::check(&image, &mut fs::check::Scratch::default());
+        assert!(report.is_clean(), "our check: {report}");
         said
     }
 }

@@ -56,6 +56,8 @@ impl Image {
     }
 
     fn fsck(&self, disk: &MemDisk) {
+        let report = fs::check::check(&disk.image(), &mut fs::check::Scratch::default());
+        assert!(report.is_clean(), "our check: {report}");
         let path = self.dir.path().join("after");
         std::fs::write(&path, disk.snapshot()).unwrap();
         let out = Command::new("e2fsck")

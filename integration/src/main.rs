@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | `cli` | the command line |
+//! | `check` | the command `check` |
 //! | `messages` | the log |
 //! | `options` | the words after `-o` |
 //! | `places` | which argument is the mountpoint, and whether it can be one |
@@ -13,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod background;
+mod check;
 mod cli;
 mod guard;
 mod messages;
@@ -41,6 +43,9 @@ fn main() -> ExitCode {
         .filter(|(first, _)| *first == guard::WORD)
     {
         return guard::run(rest);
+    }
+    if check::is_asked_for(&words) {
+        return check::run(&words[1..]);
     }
     let args = match Args::try_parse() {
         Ok(args) => args,

@@ -135,6 +135,23 @@ impl Image {
         }
     }
 
+    /// The parts, each with its place, that may differ from those of `other`, an image of the same
+    /// size: what one of the two wrote since it was copied from the other.
+    pub fn parts_unlike<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = (usize, &'a [u8])> {
+        const ZEROS: &[u8; CHUNK] = &[0; CHUNK];
+        let pairs = self.chunks.iter().zip(&other.chunks).enumerate();
+        pairs.filter_map(|(index, pair)| {
+            let bytes = match pair {
+                (None, None) => return None,
+                (Some(mine), Some(its)) if Arc::ptr_eq(mine, its) => return None,
+                (Some(mine), _) => &mine[..],
+                (None, Some(_)) => &ZEROS[..],
+            };
+            let at = index * CHUNK;
+            Some((at, &bytes[..CHUNK.min(self.len - at)]))
+        })
+    }
+
     /// Zeroes a range.
     ///
     /// # Panics
@@ -215,6 +232,11 @@ mod tests {
         model[300..300 + 2 * CHUNK].fill(0);
         assert_eq!(image.to_vec(), model);
         assert_eq!(Image::from_bytes(&model), image);
+        let unlike: Vec<_> = image.parts_unlike(&before).map(|(at, _)| at).collect();
+        assert_eq!(unlike, [0, CHUNK, 2 * CHUNK]);
+        for (at, bytes) in image.parts_unlike(&before) {
+            assert_eq!(bytes, &model[at..at + bytes.len()]);
+        }
         let mut part = vec![9; 1000];
         image.read_at(3 * CHUNK - 500, &mut part);
         assert_eq!(part, &model[3 * CHUNK - 500..3 * CHUNK + 500]);

@@ -280,6 +280,7 @@ pub fn remove(
     } else {
         BlockUse::Data
     };
+    let runs = runs_per_step(fs);
     let mut rest = Some(to);
     while let Some(to) = rest {
         ensure(fs, h, inode, data, step_credits(fs))?;
@@ -287,9 +288,9 @@ pub fn remove(
         let mut tree = Tree::new(fs, h, inode, by_extents);
         let root = &mut data.block;
         let step = if by_extents {
-            extent_tree::remove_step(&mut tree, root, from, to, RUNS_PER_STEP)
+            extent_tree::remove_step(&mut tree, root, from, to, runs)
         } else {
-            block_map::remove_step(&mut tree, root, from, to, RUNS_PER_STEP, per(fs))
+            block_map::remove_step(&mut tree, root, from, to, runs, per(fs))
         };
         let added = tree.blocks;
         account(fs, data, added);
@@ -341,8 +342,22 @@ pub fn meta_credits(data: &InodeData, runs: u32) -> u32 {
 
 /// Credits of one step of a removal or shift, the inode's block among them.
 pub(super) fn step_credits(fs: &Fs) -> u32 {
-    let groups = extent::WRITTEN_MAX_LEN / fs.geo.blocks_per_group + 2;
-    RUNS_PER_STEP as u32 * 2 * groups + 4 * u32::from(extent::MAX_DEPTH) + 8
+    credits_for(fs, runs_per_step(fs))
+}
+
+/// Runs freed at once: fewer where groups are small and the log is short, as a run of many groups
+/// changes the bitmap of each.
+fn runs_per_step(fs: &Fs) -> usize {
+    let most = fs.journal.max_credits() / 2;
+    let fits = |&runs: &usize| credits_for(fs, runs) <= most;
+    (1..=RUNS_PER_STEP).rev().find(fits).unwrap_or(1)
+}
+
+fn credits_for(fs: &Fs, runs: usize) -> u32 {
+    let each = extent::WRITTEN_MAX_LEN / fs.geo.blocks_per_group + 2;
+    let bitmaps = (runs as u32 * each).min(fs.geo.group_count);
+    let descriptors = bitmaps.min(fs.geo.gdt_blocks());
+    bitmaps + descriptors + 4 * u32::from(extent::MAX_DEPTH) + 8
 }
 
 /// Makes sure that the handle has credits, by a restart if need be.

@@ -214,6 +214,10 @@ impl Fs {
         if !data.is_symlink() {
             return Err(FsError::Invalid);
         }
+        if data.size == 0 && data.links == 0 {
+            // Deleted meanwhile: no damage.
+            return Err(FsError::Stale);
+        }
         let len = data.size as usize;
         if data.size == 0 || data.size > u64::from(self.geo.block_size) {
             return Err(self.corrupt("symbolic link: i_size", 0, inode.ino));

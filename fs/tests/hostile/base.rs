@@ -267,7 +267,7 @@ fn map_image(image: &Image, roles: &mut BTreeMap<u64, Role>, inos: &mut Vec<u32>
 }
 
 impl Base {
-    fn new(name: &'static str, image: Image) -> Self {
+    pub fn new(name: &'static str, image: Image) -> Self {
         let (mut roles, mut inos) = (BTreeMap::new(), Vec::new());
         map_image(&image, &mut roles, &mut inos);
         // What a log holds comes to its place only with a mount.
@@ -654,6 +654,7 @@ pub fn bases() -> Vec<Base> {
 }
 
 /// One of them.
+#[allow(dead_code, reason = "not every test needs it")]
 pub fn named(want: &str) -> Base {
     let recipe = recipes().into_iter().find(|recipe| recipe.0 == want);
     let (name, args, size, end) = recipe.unwrap();

@@ -24,6 +24,8 @@ pub struct Outcome {
     pub done: u64,
     /// Operations that were refused, by reason.
     pub errors: BTreeMap<String, u64>,
+    /// What it was at the end, where it was unmounted.
+    pub after: Option<Image>,
 }
 
 impl Outcome {
@@ -65,22 +67,26 @@ pub fn exercise(name: &str, image: Image, seed: u64) -> Outcome {
         discard: random.one_in(4),
         ..MountOptions::default()
     };
-    let dev: DynDevice = MemDisk::from_image(name, image);
+    let disk = MemDisk::from_image(name, image);
+    let dev: DynDevice = disk.clone();
     let mut outcome = Outcome::default();
+    let mut is_left = false;
     // What we made of it must not do worse than what was given.
     for _ in 0..=u32::from(random.one_in(3)) {
         match Fs::mount(dev.clone(), options.clone()) {
-            Ok(fs) => outcome = use_and_leave(fs, outcome, &mut random),
+            Ok(fs) => (outcome, is_left) = use_and_leave(fs, outcome, &mut random),
             Err(error) => {
                 outcome.refused = Some(error.to_string());
                 break;
             }
         }
     }
+    outcome.after = is_left.then(|| disk.image());
     outcome
 }
 
-fn use_and_leave(fs: Arc<Fs>, outcome: Outcome, random: &mut Random) -> Outcome {
+/// Gives whether it was unmounted, too.
+fn use_and_leave(fs: Arc<Fs>, outcome: Outcome, random: &mut Random) -> (Outcome, bool) {
     let mut visit = Visit::new(fs, outcome);
     visit.look();
     let mut other = Visit::new(visit.fs.clone(), Outcome::default());
@@ -94,11 +100,12 @@ fn use_and_leave(fs: Arc<Fs>, outcome: Outcome, random: &mut Random) -> Outcome 
     });
     drop(other);
     // Else as a crash leaves it.
+    let mut is_left = false;
     if !random.one_in(6) {
         let unmounted = visit.fs.unmount();
-        visit.note(unmounted);
+        is_left = visit.note(unmounted).is_some();
     }
-    visit.outcome
+    (visit.outcome, is_left)
 }
 
 impl Visit {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use blockstack::DynDevice;
 use blockstack::backend::mem::MemDisk;
-use fs::ops::RenameFlags;
+use fs::ops::{NewNode, RenameFlags};
 use fs::{Fs, FsError, FsResult, MountOptions};
 
 use super::base::{Base, Parts, Role, le32, named};
@@ -348,5 +348,32 @@ fn a_listing_that_meets_a_busy_directory_gives_nothing_twice() {
         names.dedup();
         assert_eq!(names.len(), all);
         assert!(names.contains(&b"inner".to_vec()) && names.contains(&b"..".to_vec()));
+    });
+}
+
+/// Went wrong: a sound file system became read-only, as one with errors, where a symbolic link was
+/// read while it was deleted.
+#[test]
+fn a_symbolic_link_that_is_gone_is_no_damage() {
+    within(|| {
+        let base = named("ext4 1k");
+        let fs = mounted(&base, |_| Vec::new());
+        for target in [&b"short"[..], &[b'y'; 300]] {
+            let link = NewNode::Symlink { target };
+            let ino = fs.create(ROOT, b"link", link, 0, &ME).unwrap().ino;
+            assert_eq!(fs.readlink(ino).unwrap(), target);
+            fs.unlink(ROOT, b"link", &ME).unwrap();
+            fs.forget(ino, 1);
+            // Until somebody else has deleted it.
+            let error = loop {
+                match fs.readlink(ino) {
+                    Ok(_) => std::thread::yield_now(),
+                    Err(error) => break error,
+                }
+            };
+            assert_eq!(error, FsError::Stale);
+        }
+        fs.create(ROOT, b"new", FILE, 0, &ME).unwrap();
+        fs.unmount().unwrap();
     });
 }

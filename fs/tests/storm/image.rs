@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use blockstack::backend::mem::Image;
+use fs::check::Finding;
 
 /// A directory for images, in memory where there is such a place.
 pub struct Scratch(tempfile::TempDir);
@@ -42,8 +43,19 @@ impl Scratch {
         Some(image)
     }
 
-    /// What `e2fsck -fn` complains about.
+    /// What `e2fsck -fn` and our own check complain about.
     pub fn check(&self, image: &Image) -> Result<(), String> {
+        let report = fs::check::check(image, &mut fs::check::Scratch::default());
+        // That there were errors may be known.
+        let known = |it: &Finding| {
+            matches!(
+                it,
+                Finding::ErrorState { .. } | Finding::JournalErrno { .. }
+            )
+        };
+        if !report.faults().all(known) {
+            return Err(format!("our check:\n{report}"));
+        }
         let path = self.path("checked");
         image.save(&path).unwrap();
         let res = check(&path);

@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 use std::thread::sleep;
 use std::time::Duration;
 
-use crate::common::{Image, PROGRAM, detach, is_root, output, run, shell, skip, text};
+use crate::common::{Image, PROGRAM, detach, is_root, output, run, shell, skip, text, tool};
 use crate::need_fuse;
 
 /// Removes the mount when a test fails in between.
@@ -60,6 +60,39 @@ fn help_and_version_go_to_standard_output() {
         assert!(out.contains(part), "{word}: {out}");
         assert!(output.stderr.is_empty());
     }
+}
+
+#[test]
+fn check_tells_what_is_wrong_and_changes_nothing() {
+    let image = Image::new("-t ext4", "16M");
+    let path = utf8(&image.path);
+    let sound = program(&["check", path]);
+    assert_eq!(sound.status.code(), Some(0), "{}", text(&sound));
+    run(tool("debugfs")
+        .args(["-w", "-R", "sif <2> links_count 77"])
+        .arg(path));
+    let before = std::fs::read(&image.path).unwrap();
+    let found = program(&["check", path]);
+    let line = "preen: inode 2: i_links_count is 77, expected 3";
+    assert_eq!(found.status.code(), Some(4), "{}", text(&found));
+    assert!(text(&found).contains(line), "{}", text(&found));
+    let json = program(&["check", "--json", path]);
+    let part = "\"clean\":false,\"findings\":[{\"class\":\"preen\",\"kind\":\"Links\",";
+    assert_eq!(json.status.code(), Some(4));
+    assert!(text(&json).contains(part), "{}", text(&json));
+    assert!(std::fs::read(&image.path).unwrap() == before);
+    assert_eq!(program(&["check"]).status.code(), Some(16));
+    assert_eq!(program(&["check", "/nowhere"]).status.code(), Some(8));
+}
+
+#[test]
+fn a_mountpoint_with_the_name_of_a_command_is_a_mountpoint() {
+    let image = Image::new("-t ext4", "8M");
+    image.subdir("check");
+    let mut command = Command::new(PROGRAM);
+    command.current_dir(image.path.parent().unwrap());
+    let output = output(command.args(["check", "no-such-image"]));
+    assert_eq!(output.status.code(), Some(32), "{}", text(&output));
 }
 
 #[test]

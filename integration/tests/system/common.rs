@@ -230,7 +230,7 @@ pub fn tool(name: &str) -> Command {
     Command::new(path.unwrap_or(name.into()))
 }
 
-/// `e2fsck -fn` finds nothing.
+/// `e2fsck -fn` and our own check find nothing.
 #[track_caller]
 pub fn assert_clean(image: &Path) {
     let output = output(tool("e2fsck").arg("-fn").arg(image));
@@ -240,6 +240,13 @@ pub fn assert_clean(image: &Path) {
         output.status,
         text(&output)
     );
+    let own = output_of_check(image);
+    assert_eq!(own.status.code(), Some(0), "our check: {}", text(&own));
+}
+
+/// What `fusefs-stack check` says.
+pub fn output_of_check(image: &Path) -> Output {
+    output(Command::new(PROGRAM).arg("check").arg(image))
 }
 
 /// A running mount, in the foreground of a process of its own.
