@@ -63,6 +63,8 @@ pub struct Core {
     pub on_error: OnError,
     /// Set by options, by the device, or by an error.
     pub read_only: AtomicBool,
+    /// Whether nothing is done any more; see [`Fs::shut_down`].
+    pub(crate) shut_down: AtomicBool,
     /// Errors to record.
     pub errors: Mutex<ErrorLog>,
     /// Whether the list of orphans is empty, for an abort: [`ORPHANS_LISTED`], or the transaction
@@ -84,6 +86,7 @@ impl Core {
             read_only: AtomicBool::new(opts.read_only),
             opts,
             on_error,
+            shut_down: AtomicBool::new(false),
             errors: Mutex::new(Rank::Counters, ErrorLog::default()),
             orphan_list: AtomicU64::new(0),
         }
@@ -163,12 +166,29 @@ impl Core {
         self.read_only.load(Ordering::Acquire)
     }
 
-    /// [`FsError::ReadOnly`] where changes are refused.
+    /// Whether the file system was shut down.
+    #[must_use]
+    pub fn is_shut_down(&self) -> bool {
+        self.shut_down.load(Ordering::Acquire)
+    }
+
+    /// What a journal that takes nothing any more answers.
+    pub(crate) fn refusal(&self) -> FsError {
+        if self.is_shut_down() {
+            FsError::ShutDown
+        } else {
+            FsError::Aborted
+        }
+    }
+
+    /// [`FsError::ReadOnly`] where changes are refused, [`FsError::ShutDown`] where everything is.
     ///
     /// # Errors
     /// See above.
     pub fn check_writable(&self) -> FsResult {
-        if self.is_read_only() {
+        if self.is_shut_down() {
+            Err(FsError::ShutDown)
+        } else if self.is_read_only() {
             Err(FsError::ReadOnly)
         } else {
             Ok(())

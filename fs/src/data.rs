@@ -838,6 +838,9 @@ impl Fs {
     /// # Errors
     /// The first one met.
     pub fn sync(self: &Arc<Self>) -> FsResult {
+        if self.is_shut_down() {
+            return Err(FsError::ShutDown);
+        }
         let mut first = Ok(());
         for inode in self.inodes.all() {
             self.wait_begun(&inode);

@@ -391,6 +391,11 @@ impl Fs {
         if self.opts.read_only {
             return first;
         }
+        if self.is_shut_down() {
+            // What was lost by that was told. The log is left for the next mount.
+            self.journal.shutdown().ok();
+            return Ok(());
+        }
         let aborted = self.journal.is_aborted();
         self.journal.shutdown()?;
         self.bufs.write_dirty()?;

@@ -367,6 +367,9 @@ impl Fs {
 
     /// An error of deleting in the background, for the log.
     pub(crate) fn report_eviction(&self, ino: u32, error: FsError) {
+        if self.is_shut_down() {
+            return;
+        }
         log::error!("inode {ino} without a name could not be deleted: {error}; it stays an orphan");
     }
 }

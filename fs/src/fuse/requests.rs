@@ -22,13 +22,14 @@ use super::attrs::{
 };
 use super::errno::errno;
 use super::gate::Gate;
+use super::lost::Lost;
 use crate::core::Fs;
 use crate::data::{MAX_IO, Origin};
 use crate::dir::Emit;
 use crate::error::{FsError, FsResult};
 use crate::inode::map::Seek;
 use crate::ops::space::FallocMode;
-use crate::ops::{Attr, Caller, NAME_MAX, NewNode, RenameFlags, SetAttr, ioctl::FsXattr};
+use crate::ops::{Attr, Caller, NAME_MAX, NewNode, RenameFlags, SetAttr, Shutdown, ioctl::FsXattr};
 use crate::xattr::XattrMode;
 
 /// Nobody else changes the image.
@@ -40,6 +41,9 @@ const FS_IOC_GETVERSION: u32 = 0x8008_7601;
 const FS_IOC_SETVERSION: u32 = 0x4008_7602;
 const FS_IOC_FSGETXATTR: u32 = 0x801c_581f;
 const FS_IOC_FSSETXATTR: u32 = 0x401c_5820;
+const FITRIM: u32 = 0xc018_5879;
+/// Also `XFS_IOC_GOINGDOWN` and `EXT4_IOC_SHUTDOWN`.
+const FS_IOC_SHUTDOWN: u32 = 0x8004_587d;
 
 /// A search for data or a hole.
 ///
@@ -64,6 +68,7 @@ pub(super) struct Requests {
     read_only: bool,
     notify: Notify,
     seeks: Workqueue<SeekJob>,
+    lost: Arc<Lost>,
 }
 
 fn seek(fs: &Arc<Fs>, notify: &Notify, job: SeekJob) {
@@ -133,8 +138,10 @@ impl Requests {
         let notify = Notify::default();
         let (to_fs, to_notify) = (fs.clone(), notify.clone());
         let seeks = Workqueue::new("seek", 2, move |job| seek(&to_fs, &to_notify, job))?;
+        let lost = Lost::new(notify.clone())?;
         Ok(Self {
             fs,
+            lost,
             gate: Gate::new(config.loops, config.threads()),
             read_only: config.read_only,
             notify,
@@ -197,7 +204,21 @@ impl Requests {
         }
     }
 
-    fn run_ioctl(&self, ino: u32, cmd: u32, input: &[u8]) -> FsResult<Vec<u8>> {
+    fn run_ioctl(&self, uid: u32, ino: u32, cmd: u32, input: &[u8]) -> FsResult<Vec<u8>> {
+        let admin = || {
+            if uid == 0 {
+                Ok(())
+            } else {
+                Err(FsError::NotPermitted)
+            }
+        };
+        let long = |at: usize| -> FsResult<u64> {
+            let bytes = input.get(at..at + 8).ok_or(FsError::Invalid)?;
+            bytes
+                .try_into()
+                .map(u64::from_le_bytes)
+                .or(Err(FsError::Invalid))
+        };
         let word = |at: usize| -> FsResult<u32> {
             let bytes = input.get(at..at + 4).ok_or(FsError::Invalid)?;
             bytes
@@ -223,6 +244,20 @@ impl Requests {
                     projid: word(12)?,
                 };
                 self.fs.set_fsxattr(ino, set).map(|()| Vec::new())
+            }
+            FITRIM => {
+                admin()?;
+                let trimmed = self.fs.trim(long(0)?, long(8)?, long(16)?)?;
+                let mut out = input[..24].to_vec();
+                out[8..16].copy_from_slice(&trimmed.to_le_bytes());
+                Ok(out)
+            }
+            FS_IOC_SHUTDOWN => {
+                admin()?;
+                // By the number's direction its argument is an answer, so FUSE does not send which
+                // of the three ways is meant; nor does it send `sync`, so what that has promised
+                // may not be durable yet.
+                self.fs.shut_down(Shutdown::Everything).map(|()| vec![0; 4])
             }
             _ => Err(FsError::NotTty),
         }
@@ -282,12 +317,22 @@ impl Filesystem for Requests {
 
     fn forget(&self, _: &Request, node: INodeNo, nlookup: u64) {
         // Several come in one request, and nobody waits for them: no turn of its own for each.
+        self.lost.forget(node);
         self.fs.forget(ino(node), nlookup);
         self.gate.after_forget();
     }
 
-    fn getattr(&self, request: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        file: Option<FileHandle>,
+        reply: ReplyAttr,
+    ) {
         let _turn = self.turn(request);
+        if file.is_some() && self.lost.take(node) {
+            return reply.error(code(FsError::NoSpace));
+        }
         self.attr(request, reply, self.fs.getattr(ino(node)));
     }
 
@@ -514,9 +559,15 @@ impl Filesystem for Requests {
             let kill_priv = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
             Origin::Direct { kill_priv }
         };
+        let lost = (origin == Origin::PageCache).then(|| self.lost.clone());
         let answer = move |result: FsResult<u32>| match result {
             Ok(written) => reply.written(written),
-            Err(error) => reply.error(code(error)),
+            Err(error) => {
+                reply.error(code(error));
+                if let (FsError::NoSpace, Some(lost)) = (error, lost) {
+                    lost.note(node);
+                }
+            }
         };
         self.fs.write(
             &inode,
@@ -726,7 +777,7 @@ impl Filesystem for Requests {
         reply: ReplyIoctl,
     ) {
         let _turn = self.turn(request);
-        match self.run_ioctl(ino(node), cmd, in_data) {
+        match self.run_ioctl(request.uid(), ino(node), cmd, in_data) {
             Ok(out) => reply.ioctl(0, &out[..out.len().min(out_size as usize)]),
             Err(error) => reply.error(code(error)),
         }

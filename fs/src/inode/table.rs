@@ -89,8 +89,11 @@ impl Fs {
     /// Gives an inode, read where it is not in memory.
     ///
     /// # Errors
-    /// [`FsError::Stale`] for a number outside; what reading finds wrong.
+    /// [`FsError::Stale`] for a number outside; what reading finds wrong; [`FsError::ShutDown`].
     pub fn iget(&self, ino: u32) -> FsResult<Arc<Inode>> {
+        if self.is_shut_down() {
+            return Err(FsError::ShutDown);
+        }
         if let Some(inode) = self.inodes.get(ino) {
             return Ok(inode);
         }

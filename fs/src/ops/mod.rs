@@ -11,6 +11,7 @@ pub mod attr;
 pub mod ioctl;
 pub mod namei;
 pub mod rename;
+pub mod shutdown;
 pub mod space;
 
 use std::sync::atomic::Ordering;
@@ -23,6 +24,7 @@ use crate::inode::Inode;
 pub use attr::{SetAttr, SetTime};
 pub use namei::NewNode;
 pub use rename::RenameFlags;
+pub use shutdown::Shutdown;
 
 /// The longest name, in bytes.
 pub const NAME_MAX: usize = 255;
