@@ -796,6 +796,7 @@ impl Fs {
                 crate::ops::attr::drop_privileges(data);
             }
         }
+        data.count_change();
         let written = self.write_inode(&handle, inode, data);
         inode.datasync_tid.store(handle.tid(), Ordering::Release);
         handle.finish(result.and(written))
@@ -807,6 +808,9 @@ impl Fs {
     /// Also of writes that were answered before they ended.
     pub fn fsync(self: &Arc<Self>, inode: &Inode, datasync: bool) -> FsResult {
         self.wait_begun(inode);
+        if !datasync {
+            self.write_times(inode)?;
+        }
         let lost = inode.io.take_error();
         let tid = if datasync {
             &inode.datasync_tid
@@ -847,6 +851,7 @@ impl Fs {
             if let Some(error) = inode.io.take_error() {
                 first = first.and(Err(error));
             }
+            first = first.and(self.write_times(&inode));
         }
         first.and(self.journal.commit_all())
     }

@@ -318,12 +318,23 @@ impl Fs {
         let ino = inode.ino;
         // Since it was queued somebody may have got hold of it again (a link of an unnamed file).
         if inode.lookups.load(Ordering::Acquire) == 0 {
-            if let Err(error) = self.delete(&inode) {
-                self.report_eviction(ino, error);
+            if inode.orphan.is_listed() {
+                if let Err(error) = self.delete(&inode) {
+                    self.report_eviction(ino, error);
+                }
+            } else if let Err(error) = self.write_times(&inode) {
+                log::debug!("inode {ino}: times lost: {error}");
             }
         }
         drop(inode);
         self.inodes.drop_unused(ino);
+    }
+
+    /// Waits until what is to be deleted, and to leave the memory, has.
+    pub fn evict_all(&self) {
+        if let Some(evictions) = &self.evictions {
+            evictions.flush();
+        }
     }
 
     /// Changes the superblock on disk at once, outside of any transaction.

@@ -48,6 +48,8 @@ pub struct MountOptions {
     pub data: DataMode,
     /// Access times.
     pub atime: Atime,
+    /// Times alone are not written at once: see [`Inode::lazy_since`](crate::inode::Inode).
+    pub lazytime: bool,
     /// POSIX ACLs.
     pub acl: bool,
     /// Attributes of the user name space.
@@ -70,6 +72,7 @@ impl Default for MountOptions {
             errors: None,
             data: DataMode::Ordered,
             atime: Atime::Relative,
+            lazytime: false,
             acl: true,
             user_xattr: true,
             cache_bytes: 32 << 20,

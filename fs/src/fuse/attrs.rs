@@ -18,15 +18,6 @@ pub(super) fn ino(node: INodeNo) -> u32 {
     }
 }
 
-/// The node id of an inode.
-pub(super) fn node(ino: u32) -> INodeNo {
-    if ino == ROOT_INO {
-        INodeNo::ROOT
-    } else {
-        INodeNo(ino.into())
-    }
-}
-
 pub(super) fn system_time(time: Timespec) -> SystemTime {
     let seconds = Duration::from_secs(time.sec.unsigned_abs());
     let whole = if time.sec >= 0 {
@@ -90,7 +81,8 @@ pub(super) fn kind_of_entry(kind: dir::FileType) -> Option<FileType> {
 
 pub(super) fn file_attr(attr: &Attr, block_size: u32) -> FileAttr {
     FileAttr {
-        ino: node(attr.ino),
+        // What stat(2) shows, as listings do. The kernel knows the root's node id by itself.
+        ino: INodeNo(attr.ino.into()),
         size: attr.size,
         blocks: attr.blocks,
         atime: system_time(attr.atime),

@@ -17,9 +17,7 @@ use fuser::{
 };
 
 use super::FuseConfig;
-use super::attrs::{
-    file_attr, ino, kind_of_entry, kind_of_mode, negative, node, set_time, timespec,
-};
+use super::attrs::{file_attr, ino, kind_of_entry, kind_of_mode, negative, set_time, timespec};
 use super::errno::errno;
 use super::gate::Gate;
 use super::lost::Lost;
@@ -653,7 +651,7 @@ impl Filesystem for Requests {
                     None => {
                         let mut attr = negative();
                         attr.kind = fuser::FileType::Directory;
-                        attr.ino = node(entry.ino);
+                        attr.ino = INodeNo(entry.ino.into());
                         (attr, Generation(0), &FOREVER)
                     }
                 };

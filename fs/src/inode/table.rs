@@ -164,6 +164,12 @@ impl Fs {
             self.report_eviction(ino, FsError::NoMemory);
             return;
         }
+        let lazy = inode.lazy_since.load(Ordering::Acquire) != 0;
+        if let (true, Some(evictions)) = (lazy, &self.evictions) {
+            // Whoever is here must not wait for the journal.
+            evictions.queue(inode);
+            return;
+        }
         drop(inode);
         self.inodes.drop_unused(ino);
     }

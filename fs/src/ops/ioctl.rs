@@ -184,6 +184,7 @@ impl Fs {
         let before = data.clone();
         apply(&mut data, inode.is_dir(), inode.is_file())?;
         data.ctime = self.now();
+        data.count_change();
         let handle = self.journal.start(4)?;
         let written = self.write_inode(&handle, &inode, &data);
         if written.is_err() {

@@ -383,7 +383,7 @@ impl Fs {
         let now = self.now();
         data.mtime = now;
         data.ctime = now;
-        data.version = data.version.wrapping_add(1);
+        data.count_change();
         dir.datasync_tid.store(handle.tid(), Ordering::Release);
         self.write_inode(handle, dir, data)
     }
@@ -460,6 +460,7 @@ impl Fs {
                 }
                 data.links += 1;
                 data.ctime = self.now();
+                data.count_change();
                 self.write_inode(&handle, &inode, &data)
             });
         if result.is_ok() {
@@ -556,6 +557,7 @@ impl Fs {
         caller: &Caller,
     ) -> FsResult {
         data.ctime = self.now();
+        data.count_change();
         data.links = if inode.is_dir() {
             0
         } else {

@@ -77,6 +77,7 @@ impl Fs {
         if !caller.keeps_times {
             data.mtime = now;
             data.ctime = now;
+            data.count_change();
         }
         if caller.uid != 0 {
             drop_privileges(&mut data);
@@ -230,6 +231,7 @@ impl Fs {
         if !caller.keeps_times {
             data.mtime = now;
             data.ctime = now;
+            data.count_change();
         }
         if caller.uid != 0 {
             drop_privileges(&mut data);
@@ -351,6 +353,7 @@ impl Fs {
             data.size = new_size;
             data.mtime = now;
             data.ctime = now;
+            data.count_change();
             self.write_inode(&handle, inode, &data)
         })();
         let tid = handle.tid();
