@@ -41,7 +41,7 @@ use crate::error::{FsError, FsResult};
 use crate::format::inode::{InodeData, InodeFlags};
 use crate::inode::Inode;
 use crate::inode::map::{self, MapKind, Seek, Written};
-use crate::ops::Caller;
+use crate::ops::{Caller, RECLAIMS};
 
 /// The engine of a mount's file data.
 pub type DataIo = DirectIo<IoEnd>;
@@ -462,20 +462,20 @@ impl Fs {
                 break data;
             }
         };
-        let mut reclaimed = false;
+        let mut reclaims = 0;
         let mut tries = 0;
         let prepared = loop {
             let prepared =
                 self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller);
             let error = match prepared {
-                Err(FsError::NoSpace) if !reclaimed => FsError::NoSpace,
+                Err(FsError::NoSpace) if reclaims < RECLAIMS => FsError::NoSpace,
                 Err(error @ FsError::Data(BlkError::NoMemory)) => error,
                 _ => break prepared,
             };
             // The claim keeps others away meanwhile.
             drop(data);
             let gained = if error == FsError::NoSpace {
-                reclaimed = true;
+                reclaims += 1;
                 self.reclaim()
             } else {
                 tries += 1;

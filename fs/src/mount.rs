@@ -95,6 +95,13 @@ fn read_superblock(dev: &DynDevice) -> Result<RawSuperblock, MountError> {
     }
 }
 
+/// Whether a superblock says that the journal has to be replayed.
+#[must_use]
+pub fn needs_recovery(superblock: &[u8]) -> bool {
+    RawSuperblock::ref_from_prefix(superblock)
+        .is_ok_and(|(raw, _)| raw.incompat().contains(Incompat::RECOVER))
+}
+
 /// Sets the checksum of a superblock at the start of `bytes`, where the file system has one.
 pub(crate) fn seal_superblock(bytes: &mut [u8]) {
     if let Ok((raw, _)) = RawSuperblock::mut_from_prefix(bytes) {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use blockstack::DynDevice;
 use blockstack::backend::mem::MemDisk;
+use fs::ops::space::FallocMode;
 use fs::ops::{Caller, NewNode, SetAttr, Shutdown};
 use fs::{Fs, FsError, MountOptions};
 
@@ -133,4 +134,58 @@ fn everything_is_refused_afterwards_and_no_error_is_recorded() {
     rig.fsck();
     let superblock = &rig.disk.snapshot()[1024..2048];
     assert_eq!(superblock[0x3a], 1, "s_state says that it is clean");
+}
+
+/// What was lost: blocks of files that were being deleted. The operation was stopped halfway, and a
+/// commit that was on its way took what it had done so far.
+#[test]
+fn no_operation_is_committed_halfway() {
+    let rig = Rig::new("ext4");
+    let long = std::env::var_os("FUSEFS_STACK_LONG").is_some_and(|word| word == "1");
+    for round in 0..if long { 400 } else { 8 } {
+        let fs = rig.mount();
+        std::thread::scope(|scope| {
+            for thread in 0..2 {
+                let fs = &fs;
+                scope.spawn(move || while make_and_remove(fs, thread).is_ok() {});
+            }
+            let fs = &fs;
+            scope.spawn(move || {
+                while !fs.is_shut_down() {
+                    fs.journal.start_commit(fs.journal.youngest());
+                    std::thread::yield_now();
+                }
+            });
+            std::thread::sleep(std::time::Duration::from_millis(10 + round % 7));
+            fs.shut_down(Shutdown::Nothing).unwrap();
+        });
+        fs.unmount().unwrap();
+        drop(fs);
+        // Replays, and deletes what was left without a name.
+        let fs = rig.mount();
+        for thread in 0..2 {
+            fs.unlink(ROOT, &[b'0' + thread], &ME).ok();
+        }
+        fs.unmount().unwrap();
+        drop(fs);
+        rig.fsck();
+    }
+}
+
+/// Makes a file of many extents, and removes it again.
+fn make_and_remove(fs: &Arc<Fs>, thread: u8) -> Result<(), FsError> {
+    let name = [b'0' + thread];
+    let node = NewNode::Node {
+        mode: 0o100_644,
+        rdev: 0,
+    };
+    let ino = fs.create(ROOT, &name, node, 0, &ME)?.ino;
+    let inode = fs.iget(ino)?;
+    for at in 0..40 {
+        fs.fallocate(&inode, FallocMode::empty(), at * 16384, 4096, &ME)?;
+    }
+    drop(inode);
+    fs.unlink(ROOT, &name, &ME)?;
+    fs.forget(ino, u64::MAX);
+    Ok(())
 }

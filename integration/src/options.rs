@@ -34,6 +34,7 @@ const IGNORED: &[&str] = &[
     "nodelalloc",
     "nodiratime",
     "nofail",
+    "nojournal_checksum",
     "nogrpid",
     "noinit_itable",
     "noiversion",
@@ -51,6 +52,8 @@ const IGNORED: &[&str] = &[
 /// Options with a value that change nothing here.
 const IGNORED_WITH_VALUE: &[&str] = &[
     "comment",
+    // No block is named before its data is on disk: there is nothing to abort for.
+    "data_err",
     "helper",
     "inode_readahead_blks",
     "journal_ioprio",

@@ -18,6 +18,15 @@ pub(super) fn ino(node: INodeNo) -> u32 {
     }
 }
 
+/// The node id of an inode.
+pub(super) fn node(ino: u32) -> INodeNo {
+    if ino == ROOT_INO {
+        INodeNo::ROOT
+    } else {
+        INodeNo(ino.into())
+    }
+}
+
 pub(super) fn system_time(time: Timespec) -> SystemTime {
     let seconds = Duration::from_secs(time.sec.unsigned_abs());
     let whole = if time.sec >= 0 {

@@ -17,7 +17,9 @@ use fuser::{
 };
 
 use super::FuseConfig;
-use super::attrs::{file_attr, ino, kind_of_entry, kind_of_mode, negative, set_time, timespec};
+use super::attrs::{
+    file_attr, ino, kind_of_entry, kind_of_mode, negative, node, set_time, timespec,
+};
 use super::errno::errno;
 use super::gate::Gate;
 use super::lost::Lost;
@@ -115,6 +117,19 @@ fn caller(request: &Request) -> Caller {
     }
 }
 
+/// Whether the caller may keep a set-group-id bit of that group: one of its own, or root.
+fn is_in_group(request: &Request, gid: u32) -> bool {
+    if request.uid() == 0 || request.gid() == gid {
+        return true;
+    }
+    // FUSE sends no further groups.
+    let status = std::fs::read_to_string(format!("/proc/{}/status", request.pid()));
+    let status = status.unwrap_or_default();
+    let groups = status.lines().find_map(|line| line.strip_prefix("Groups:"));
+    let wanted = gid.to_string();
+    groups.is_some_and(|groups| groups.split_whitespace().any(|group| group == wanted))
+}
+
 fn empty(reply: ReplyEmpty, result: FsResult) {
     match result {
         Ok(()) => reply.ok(),
@@ -181,12 +196,10 @@ impl Requests {
         match result {
             Ok(attr) => {
                 let generation = Generation(attr.generation.into());
-                reply.entry_with_ttls(
-                    self.lifetime(request, &attr),
-                    &FOREVER,
-                    &file_attr(&attr, self.fs.geo.block_size),
-                    generation,
-                );
+                let mut shown = file_attr(&attr, self.fs.geo.block_size);
+                // `fuser` takes the node id from here.
+                shown.ino = node(attr.ino);
+                reply.entry_with_ttls(self.lifetime(request, &attr), &FOREVER, &shown, generation);
             }
             Err(error) => reply.error(code(error)),
         }
@@ -200,6 +213,28 @@ impl Requests {
             }
             Err(error) => reply.error(code(error)),
         }
+    }
+
+    /// A request changed the content of a file, of which the kernel does not say whether that clears
+    /// bits of its mode.
+    fn remove_privileges(&self, request: &Request, node: INodeNo) -> FsResult {
+        match request.uid() {
+            0 => Ok(()),
+            _ => self.kill_privileges(request, node),
+        }
+    }
+
+    /// Clears the bits of a file's mode that a change of its content clears. The kernel does not
+    /// expect that, and must hear of it.
+    fn kill_privileges(&self, request: &Request, node: INodeNo) -> FsResult {
+        let in_group = |gid| is_in_group(request, gid);
+        if self.fs.remove_privileges(ino(node), in_group)?
+            && let Some(notifier) = self.notify.get()
+            && let Err(error) = notifier.inval_inode(node, -1, 0)
+        {
+            log::debug!("node {}: the mode stays with the kernel: {error}", node.0);
+        }
+        Ok(())
     }
 
     fn run_ioctl(&self, uid: u32, ino: u32, cmd: u32, input: &[u8]) -> FsResult<Vec<u8>> {
@@ -274,6 +309,7 @@ impl Filesystem for Requests {
             InitFlags::FUSE_HAS_IOCTL_DIR,
             InitFlags::FUSE_DONT_MASK,
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+            InitFlags::FUSE_EXPORT_SUPPORT,
         ];
         if !self.read_only {
             wanted.push(InitFlags::FUSE_WRITEBACK_CACHE);
@@ -306,7 +342,15 @@ impl Filesystem for Requests {
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let _turn = self.turn(request);
-        match self.fs.lookup(ino(parent), name.as_bytes()) {
+        let found = match name.as_bytes() {
+            // The kernel asks for a file by its number alone, from a handle of it.
+            b"." => match self.fs.lookup_number(ino(parent)) {
+                Ok(None) => Err(FsError::Stale),
+                found => found,
+            },
+            name => self.fs.lookup(ino(parent), name),
+        };
+        match found {
             Ok(None) => reply.entry(&FOREVER, &negative(), Generation(0)),
             Ok(Some(attr)) => self.entry(request, reply, Ok(attr)),
             Err(error) => reply.error(code(error)),
@@ -555,6 +599,9 @@ impl Filesystem for Requests {
             Origin::PageCache
         } else {
             let kill_priv = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+            if kill_priv && let Err(error) = self.kill_privileges(request, node) {
+                return reply.error(code(error));
+            }
             Origin::Direct { kill_priv }
         };
         let lost = (origin == Origin::PageCache).then(|| self.lost.clone());
@@ -719,11 +766,18 @@ impl Filesystem for Requests {
             libc::XATTR_REPLACE => XattrMode::Replace,
             _ => return reply.error(Errno::EINVAL),
         };
-        empty(
-            reply,
-            self.fs
-                .setxattr(ino(node), name.as_bytes(), Some(value), mode),
-        );
+        let name = name.as_bytes();
+        let set = self.fs.setxattr(ino(node), name, Some(value), mode);
+        let set = set.and_then(|()| {
+            // As the kernel's `posix_acl_update_mode`.
+            if name == b"system.posix_acl_access" {
+                let in_group = |gid| is_in_group(request, gid);
+                self.fs.drop_foreign_setgid(ino(node), in_group).map(drop)
+            } else {
+                Ok(())
+            }
+        });
+        empty(reply, set);
     }
 
     fn getxattr(
@@ -797,7 +851,8 @@ impl Filesystem for Requests {
             .and_then(|mode| {
                 let inode = self.fs.iget(ino(node))?;
                 self.fs
-                    .fallocate(&inode, mode, offset, length, &caller(request))
+                    .fallocate(&inode, mode, offset, length, &caller(request))?;
+                self.remove_privileges(request, node)
             });
         empty(reply, result);
     }
@@ -847,8 +902,12 @@ impl Filesystem for Requests {
             let to = self.fs.iget(ino(ino_out))?;
             // The answer counts in 32 bits.
             let len = len.min(1 << 30);
-            self.fs
-                .copy_range(&from, offset_in, &to, offset_out, len, &caller(request))
+            let caller = caller(request);
+            let copied = self
+                .fs
+                .copy_range(&from, offset_in, &to, offset_out, len, &caller)?;
+            self.remove_privileges(request, ino_out)?;
+            Ok(copied)
         })();
         match result {
             Ok(copied) => reply.written(copied as u32),

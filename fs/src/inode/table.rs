@@ -159,6 +159,7 @@ impl Fs {
         if inode.lookups.load(Ordering::Acquire) == 0 && inode.orphan.is_listed() {
             if let Some(evictions) = &self.evictions {
                 evictions.queue(inode);
+                self.orphans.note_given_up();
                 return;
             }
             self.report_eviction(ino, FsError::NoMemory);

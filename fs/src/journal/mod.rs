@@ -488,6 +488,11 @@ impl Shared {
             if state.aborted || state.stop == Stop::Now {
                 return Err(self.core.refusal());
             }
+            if self.aborted.load(Ordering::Acquire) {
+                // Whoever aborts is about to say so in the state.
+                self.done.wait(&mut state);
+                continue;
+            }
             match state.running.clone() {
                 Some(txn) if txn.tid == tid && !state.has_committer => {
                     state = self.commit_running(state, &txn);

@@ -199,6 +199,61 @@ impl Fs {
         handle.finish(written)
     }
 
+    /// Clears the set-group-id bit where the caller is not `in_group`, as a new ACL does.
+    ///
+    /// # Errors
+    /// As [`Self::setattr`].
+    pub fn drop_foreign_setgid(
+        &self,
+        ino: u32,
+        in_group: impl FnOnce(u32) -> bool,
+    ) -> FsResult<bool> {
+        let setgid = libc::S_ISGID as u16;
+        self.drop_bits(ino, |data| match data.mode & setgid {
+            0 => 0,
+            _ if in_group(data.gid) => 0,
+            bit => bit,
+        })
+    }
+
+    /// Clears the bits that a change of a file's content by somebody without privileges clears, as
+    /// the kernel's `file_remove_privs`. Returns whether there were any.
+    ///
+    /// # Errors
+    /// As [`Self::setattr`].
+    pub fn remove_privileges(
+        &self,
+        ino: u32,
+        in_group: impl FnOnce(u32) -> bool,
+    ) -> FsResult<bool> {
+        let setgid = libc::S_ISGID as u16;
+        self.drop_bits(ino, |data| {
+            let mut after = data.clone();
+            drop_privileges(&mut after);
+            if after.mode & setgid != 0 && !in_group(data.gid) {
+                after.mode &= !setgid;
+            }
+            data.mode & !after.mode
+        })
+    }
+
+    fn drop_bits(&self, ino: u32, which: impl FnOnce(&InodeData) -> u16) -> FsResult<bool> {
+        let special = (libc::S_ISUID | libc::S_ISGID) as u16;
+        let inode = self.iget(ino)?;
+        if inode.data.read().mode & special == 0 {
+            return Ok(false);
+        }
+        let mut data = inode.data.write();
+        let bits = which(&data);
+        if bits == 0 {
+            return Ok(false);
+        }
+        let handle = self.journal.start(2)?;
+        data.mode &= !bits;
+        let written = self.write_inode(&handle, &inode, &data);
+        handle.finish(written).map(|()| true)
+    }
+
     /// On a mount with `sync`, waits until `tid` is durable.
     pub(crate) fn sync_change(&self, tid: u32) -> FsResult {
         if self.opts.sync {

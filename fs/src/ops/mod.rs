@@ -31,6 +31,9 @@ pub const NAME_MAX: usize = 255;
 /// Hard links an inode can have; directories may have more with `dir_nlink`.
 pub const LINK_MAX: u16 = 65000;
 
+/// How often an operation looks for space that comes back: others may take it meanwhile.
+pub(crate) const RECLAIMS: u32 = 3;
+
 /// Who asks.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Caller {
@@ -113,16 +116,30 @@ fn set_rdev(data: &mut InodeData, rdev: u32) {
 impl Fs {
     /// Does an operation once more where it found no space but some comes back.
     fn with_space<T>(&self, mut operation: impl FnMut() -> FsResult<T>) -> FsResult<T> {
-        match operation() {
-            Err(FsError::NoSpace) if self.reclaim()? => operation(),
-            result => result,
+        for _ in 0..RECLAIMS {
+            match operation() {
+                Err(FsError::NoSpace) if self.reclaim()? => {}
+                result => return result,
+            }
         }
+        operation()
     }
 
     /// Brings back the space of what was removed: inodes that are still to be deleted, and blocks
     /// that come back with the next commit. `false` where there are none. Waits for commits; the
     /// caller must hold no lock.
     pub(crate) fn reclaim(&self) -> FsResult<bool> {
+        if self.reclaim_given_up()? {
+            return Ok(true);
+        }
+        if self.orphans.wait_for_farewell() {
+            self.reclaim_given_up()?;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    fn reclaim_given_up(&self) -> FsResult<bool> {
         let doomed = self.evictions.as_ref().filter(|queue| queue.pending() > 0);
         if let Some(evictions) = doomed {
             evictions.flush();

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::core::Fs;
+use crate::core::{DOWN, Fs, HALTING};
 use crate::error::FsResult;
 
 /// What becomes durable first, as the flags of the kernel's `EXT4_IOC_SHUTDOWN` say.
@@ -37,8 +37,9 @@ impl Fs {
         if let Err(error) = flushed {
             log::error!("shutdown: not all could be written first: {error}");
         }
-        self.shut_down.store(true, Ordering::Release);
+        self.shutdown.store(HALTING, Ordering::Release);
         self.journal.halt();
+        self.shutdown.store(DOWN, Ordering::Release);
         log::warn!("file system was shut down");
         Ok(())
     }

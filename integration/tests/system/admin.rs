@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::common::{Image, Mount, is_root, output, run, shell, skip, text};
+use crate::common::{Image, Mount, assert_clean, detach, is_root, output, run, shell, skip, text};
 use crate::need_fuse;
 
 /// A user who is not root.
@@ -170,6 +170,83 @@ fn who_writes_until_the_disk_is_full_is_told() {
     fs::remove_file(&path).unwrap();
     fs::write(&path, "fits").unwrap();
     assert_eq!(fs::read(&path).unwrap(), b"fits");
+    mount.unmount();
+    image.assert_clean();
+}
+
+/// As the kernel's ext4 does where the device can be written: `ro` is about files.
+#[test]
+fn a_read_only_mount_replays_the_journal() {
+    need_fuse!("admin::a_read_only_mount_replays_the_journal");
+    let image = Image::new("-t ext4", "64M");
+    let mut mount = image.mount("");
+    let path = mount.dir.join("file");
+    fs::write(&path, "synced").unwrap();
+    shell(&mount.dir, "sync file");
+    // Removed and still open: what a crash leaves.
+    let doomed = File::create_new(mount.dir.join("doomed")).unwrap();
+    fs::remove_file(mount.dir.join("doomed")).unwrap();
+    shell(&mount.dir, "sync file");
+    mount.kill();
+    drop(doomed);
+    detach(&mount.dir);
+    // Not the image itself: the system takes its time to close what a killed process had open.
+    let copy = image.copy("copy");
+    let mount = Mount::new(&copy, &mount.dir, "ro");
+    assert_eq!(fs::read(&path).unwrap(), b"synced");
+    let refused = fs::write(&path, "changed").unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ReadOnlyFilesystem);
+    mount.unmount();
+    assert_clean(&copy);
+}
+
+/// As `chmod`: the kernel leaves it to the server, and FUSE sends one group only.
+#[test]
+fn an_acl_of_somebody_outside_the_group_clears_the_set_group_id_bit() {
+    need_root!("admin::an_acl_of_somebody_outside_the_group_clears_the_set_group_id_bit");
+    let image = Image::new("-t ext4", "64M");
+    let mount = image.mount("");
+    let path = mount.dir.join("file");
+    for (groups, kept) in [("1", false), ("1,1234", true)] {
+        fs::write(&path, "").unwrap();
+        shell(
+            &mount.dir,
+            &format!("chown {SOMEBODY}:1234 file; chmod 2771 file"),
+        );
+        let mut setfacl = Command::new("setpriv");
+        setfacl.args(["--reuid", SOMEBODY, "--regid", "1", "--groups", groups]);
+        run(setfacl.args(["setfacl", "-m", "u:2:r"]).arg(&path));
+        let mode = fs::metadata(&path).unwrap().mode();
+        assert_eq!(mode & 0o2000 != 0, kept, "groups {groups}: {mode:o}");
+        fs::remove_file(&path).unwrap();
+    }
+    mount.unmount();
+    image.assert_clean();
+}
+
+/// What was lost: the mode that `stat` shows, where the kernel had it from before. It does not expect
+/// that preallocation, a copy or a direct write clears the set-user-id bit.
+#[test]
+fn what_changes_a_file_clears_its_set_user_id_bit_at_once() {
+    need_root!("admin::what_changes_a_file_clears_its_set_user_id_bit_at_once");
+    let image = Image::new("-t ext4", "64M");
+    let mount = image.mount("");
+    for change in [
+        "fallocate -l 8192 file",
+        "fallocate -p -l 4096 file",
+        "dd if=/dev/zero of=file bs=4096 count=1 oflag=direct conv=notrunc",
+        "dd if=/dev/zero of=file bs=4096 count=1 conv=notrunc",
+    ] {
+        shell(
+            &mount.dir,
+            &format!(
+                "head -c 16384 /dev/zero >file; chmod 6766 file; sync file; stat file
+                setpriv --reuid {SOMEBODY} --regid {SOMEBODY} --clear-groups {change}"
+            ),
+        );
+        let mode = fs::metadata(mount.dir.join("file")).unwrap().mode() & 0o7777;
+        assert_eq!(mode, 0o766, "{change}: {mode:o}");
+    }
     mount.unmount();
     image.assert_clean();
 }
