@@ -215,7 +215,7 @@ impl Requests {
         }
     }
 
-    /// A request changed the content of a file, of which the kernel does not say whether that clears
+    /// A request will change the content of a file, and the kernel does not say whether that clears
     /// bits of its mode.
     fn remove_privileges(&self, request: &Request, node: INodeNo) -> FsResult {
         match request.uid() {
@@ -850,9 +850,9 @@ impl Filesystem for Requests {
             .ok_or(FsError::NotSupported)
             .and_then(|mode| {
                 let inode = self.fs.iget(ino(node))?;
+                self.remove_privileges(request, node)?;
                 self.fs
-                    .fallocate(&inode, mode, offset, length, &caller(request))?;
-                self.remove_privileges(request, node)
+                    .fallocate(&inode, mode, offset, length, &caller(request))
             });
         empty(reply, result);
     }
@@ -902,12 +902,9 @@ impl Filesystem for Requests {
             let to = self.fs.iget(ino(ino_out))?;
             // The answer counts in 32 bits.
             let len = len.min(1 << 30);
-            let caller = caller(request);
-            let copied = self
-                .fs
-                .copy_range(&from, offset_in, &to, offset_out, len, &caller)?;
             self.remove_privileges(request, ino_out)?;
-            Ok(copied)
+            self.fs
+                .copy_range(&from, offset_in, &to, offset_out, len, &caller(request))
         })();
         match result {
             Ok(copied) => reply.written(copied as u32),
