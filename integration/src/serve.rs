@@ -160,7 +160,7 @@ fn mount(plan: &Plan, places: &Places) -> Result<Arc<Fs>, ServeError> {
         && journal_waits(&places.image, options.offset).unwrap_or(false);
     let dev = match open(read_only && !replays) {
         // Then the mount tells what it would need.
-        Err(StackError::ReadOnly(_)) if replays => open(true)?,
+        Err(StackError::ReadOnly(_) | StackError::WriteProtected { .. }) if replays => open(true)?,
         opened => opened?,
     };
     if replays && !dev.limits().read_only {

@@ -6,7 +6,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::common::{Image, Mount, assert_clean, detach, is_root, output, run, shell, skip, text};
+use crate::common::{
+    Image, Mount, PROGRAM, assert_clean, detach, is_root, output, run, shell, skip, text,
+};
 use crate::need_fuse;
 
 /// A user who is not root.
@@ -257,4 +259,36 @@ fn what_changes_a_file_clears_its_set_user_id_bit_at_once() {
     assert!(wrong.is_empty(), "{wrong:#?}");
     mount.unmount();
     image.assert_clean();
+}
+
+/// What was seen: a device that is set to be read only can be opened for writing, and then every
+/// write fails, with an error that says nothing of it.
+#[test]
+fn a_write_protected_device_is_named_as_such() {
+    need_root!("admin::a_write_protected_device_is_named_as_such");
+    let image = Image::new("-t ext4", "64M");
+    let found = output(
+        Command::new("losetup")
+            .args(["-f", "--show"])
+            .arg(&image.path),
+    );
+    if !found.status.success() {
+        return skip(
+            "admin::a_write_protected_device_is_named_as_such",
+            "no loop device",
+        );
+    }
+    let device = String::from_utf8_lossy(&found.stdout).trim().to_owned();
+    let dir = image.subdir("mnt");
+    run(Command::new("blockdev").args(["--setro", &device]));
+    let refused = output(Command::new(PROGRAM).arg(&dir).arg(&device));
+    let mount = Mount::new(device.as_ref(), &dir, "ro");
+    mount.unmount();
+    run(Command::new("losetup").args(["-d", &device]));
+    let said = text(&refused);
+    assert_eq!(refused.status.code(), Some(32), "{said}");
+    assert!(
+        said.contains("is write-protected (mount with -o ro"),
+        "{said}"
+    );
 }
