@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
 use blockstack::DynDevice;
 use blockstack::sync::{Mutex, Rank};
@@ -63,12 +63,20 @@ pub struct Core {
     pub on_error: OnError,
     /// Set by options, by the device, or by an error.
     pub read_only: AtomicBool,
+    /// Whether nothing is done any more; see [`Fs::shut_down`].
+    pub(crate) shutdown: AtomicU8,
     /// Errors to record.
     pub errors: Mutex<ErrorLog>,
     /// Whether the list of orphans is empty, for an abort: [`ORPHANS_LISTED`], or the transaction
     /// that emptied it, or 0.
     pub(crate) orphan_list: AtomicU64,
 }
+
+/// In [`Core::shutdown`]: as ever, the journal is being halted, everything is refused. An operation
+/// that is stopped halfway must find the journal halted, or it could be committed halfway.
+pub(crate) const LIVE: u8 = 0;
+pub(crate) const HALTING: u8 = 1;
+pub(crate) const DOWN: u8 = 2;
 
 /// See [`Core::orphan_list`].
 pub(crate) const ORPHANS_LISTED: u64 = u64::MAX;
@@ -84,6 +92,7 @@ impl Core {
             read_only: AtomicBool::new(opts.read_only),
             opts,
             on_error,
+            shutdown: AtomicU8::new(LIVE),
             errors: Mutex::new(Rank::Counters, ErrorLog::default()),
             orphan_list: AtomicU64::new(0),
         }
@@ -163,12 +172,29 @@ impl Core {
         self.read_only.load(Ordering::Acquire)
     }
 
-    /// [`FsError::ReadOnly`] where changes are refused.
+    /// Whether the file system was shut down.
+    #[must_use]
+    pub fn is_shut_down(&self) -> bool {
+        self.shutdown.load(Ordering::Acquire) == DOWN
+    }
+
+    /// What a journal that takes nothing any more answers.
+    pub(crate) fn refusal(&self) -> FsError {
+        if self.shutdown.load(Ordering::Acquire) == LIVE {
+            FsError::Aborted
+        } else {
+            FsError::ShutDown
+        }
+    }
+
+    /// [`FsError::ReadOnly`] where changes are refused, [`FsError::ShutDown`] where everything is.
     ///
     /// # Errors
     /// See above.
     pub fn check_writable(&self) -> FsResult {
-        if self.is_read_only() {
+        if self.is_shut_down() {
+            Err(FsError::ShutDown)
+        } else if self.is_read_only() {
             Err(FsError::ReadOnly)
         } else {
             Ok(())

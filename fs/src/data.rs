@@ -41,7 +41,7 @@ use crate::error::{FsError, FsResult};
 use crate::format::inode::{InodeData, InodeFlags};
 use crate::inode::Inode;
 use crate::inode::map::{self, MapKind, Seek, Written};
-use crate::ops::Caller;
+use crate::ops::{Caller, RECLAIMS};
 
 mod journalled;
 
@@ -478,20 +478,20 @@ impl Fs {
                 break data;
             }
         };
-        let mut reclaimed = false;
+        let mut reclaims = 0;
         let mut tries = 0;
         let prepared = loop {
             let prepared =
                 self.prepare_write(inode, &data, offset, bytes, (from, to), origin, caller);
             let error = match prepared {
-                Err(FsError::NoSpace) if !reclaimed => FsError::NoSpace,
+                Err(FsError::NoSpace) if reclaims < RECLAIMS => FsError::NoSpace,
                 Err(error @ FsError::Data(BlkError::NoMemory)) => error,
                 _ => break prepared,
             };
             // The claim keeps others away meanwhile.
             drop(data);
             let gained = if error == FsError::NoSpace {
-                reclaimed = true;
+                reclaims += 1;
                 self.reclaim()
             } else {
                 tries += 1;
@@ -804,6 +804,7 @@ impl Fs {
                 crate::ops::attr::drop_privileges(data);
             }
         }
+        data.count_change();
         let written = self.write_inode(&handle, inode, data);
         inode.datasync_tid.store(handle.tid(), Ordering::Release);
         handle.finish(result.and(written))
@@ -815,6 +816,9 @@ impl Fs {
     /// Also of writes that were answered before they ended.
     pub fn fsync(self: &Arc<Self>, inode: &Inode, datasync: bool) -> FsResult {
         self.wait_begun(inode);
+        if !datasync {
+            self.write_times(inode)?;
+        }
         let lost = inode.io.take_error();
         let tid = if datasync {
             &inode.datasync_tid
@@ -846,12 +850,16 @@ impl Fs {
     /// # Errors
     /// The first one met.
     pub fn sync(self: &Arc<Self>) -> FsResult {
+        if self.is_shut_down() {
+            return Err(FsError::ShutDown);
+        }
         let mut first = Ok(());
         for inode in self.inodes.all() {
             self.wait_begun(&inode);
             if let Some(error) = inode.io.take_error() {
                 first = first.and(Err(error));
             }
+            first = first.and(self.write_times(&inode));
         }
         first.and(self.journal.commit_all())
     }

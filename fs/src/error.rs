@@ -81,6 +81,9 @@ pub enum FsError {
     /// The inode number is not in use any more.
     #[error("stale file handle")]
     Stale,
+    /// Shut down by an ioctl: nothing is done any more.
+    #[error("file system was shut down")]
+    ShutDown,
     /// The journal was aborted after an error.
     #[error("journal aborted")]
     Aborted,

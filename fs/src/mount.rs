@@ -99,6 +99,13 @@ fn read_superblock(dev: &DynDevice) -> Result<RawSuperblock, MountError> {
     }
 }
 
+/// Whether a superblock says that the journal has to be replayed.
+#[must_use]
+pub fn needs_recovery(superblock: &[u8]) -> bool {
+    RawSuperblock::ref_from_prefix(superblock)
+        .is_ok_and(|(raw, _)| raw.incompat().contains(Incompat::RECOVER))
+}
+
 /// Sets the checksum of a superblock at the start of `bytes`, where the file system has one.
 pub(crate) fn seal_superblock(bytes: &mut [u8]) {
     if let Ok((raw, _)) = RawSuperblock::mut_from_prefix(bytes) {
@@ -335,12 +342,23 @@ impl Fs {
         let ino = inode.ino;
         // Since it was queued somebody may have got hold of it again (a link of an unnamed file).
         if inode.lookups.load(Ordering::Acquire) == 0 {
-            if let Err(error) = self.delete(&inode) {
-                self.report_eviction(ino, error);
+            if inode.orphan.is_listed() {
+                if let Err(error) = self.delete(&inode) {
+                    self.report_eviction(ino, error);
+                }
+            } else if let Err(error) = self.write_times(&inode) {
+                log::debug!("inode {ino}: times lost: {error}");
             }
         }
         drop(inode);
         self.inodes.drop_unused(ino);
+    }
+
+    /// Waits until what is to be deleted, and to leave the memory, has.
+    pub fn evict_all(&self) {
+        if let Some(evictions) = &self.evictions {
+            evictions.flush();
+        }
     }
 
     /// Changes the superblock on disk at once, outside of any transaction.
@@ -407,6 +425,11 @@ impl Fs {
         }
         if self.opts.read_only {
             return first;
+        }
+        if self.is_shut_down() {
+            // What was lost by that was told. The log is left for the next mount.
+            self.journal.shutdown().ok();
+            return Ok(());
         }
         let aborted = self.journal.is_aborted();
         self.journal.shutdown()?;

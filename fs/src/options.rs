@@ -53,6 +53,8 @@ pub struct MountOptions {
     pub data: Option<DataMode>,
     /// Access times.
     pub atime: Atime,
+    /// Times alone are not written at once: see [`Inode::lazy_since`](crate::inode::Inode).
+    pub lazytime: bool,
     /// POSIX ACLs.
     pub acl: bool,
     /// Attributes of the user name space.
@@ -75,6 +77,7 @@ impl Default for MountOptions {
             errors: None,
             data: None,
             atime: Atime::Relative,
+            lazytime: false,
             acl: true,
             user_xattr: true,
             cache_bytes: 32 << 20,

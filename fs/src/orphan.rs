@@ -12,8 +12,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
-use blockstack::sync::{Mutex, Rank};
+use blockstack::sync::{Condvar, Mutex, Rank};
 use bufio::{Buffer, Invalid, Validator, no_check};
 
 use crate::core::{Core, Fs, ORPHANS_LISTED};
@@ -77,12 +78,61 @@ struct State {
     file: Option<OrphanFile>,
 }
 
+/// What becomes of files whose last name was removed.
+#[derive(Default)]
+struct Farewells {
+    /// When the last one lost its name.
+    unnamed: Option<Instant>,
+    /// How many were given up by the kernel so far.
+    given_up: u64,
+}
+
 /// The orphans of a mounted file system.
-pub struct Orphans(Mutex<State>);
+pub struct Orphans {
+    state: Mutex<State>,
+    farewells: Mutex<Farewells>,
+    given_up: Condvar,
+}
 
 impl Default for Orphans {
     fn default() -> Self {
-        Self(Mutex::new(Rank::ExtentTree, State::default()))
+        Self {
+            state: Mutex::new(Rank::ExtentTree, State::default()),
+            farewells: Mutex::new(Rank::Counters, Farewells::default()),
+            given_up: Condvar::new(),
+        }
+    }
+}
+
+/// How long after the removal of a file the kernel may take to say that nobody has it open.
+const FAREWELL: Duration = Duration::from_millis(200);
+
+impl Orphans {
+    /// A file lost its last name.
+    pub(crate) fn note_unnamed(&self) {
+        self.farewells.lock().unnamed = Some(Instant::now());
+    }
+
+    /// The kernel has given up a file without a name.
+    pub(crate) fn note_given_up(&self) {
+        self.farewells.lock().given_up += 1;
+        self.given_up.notify_all();
+    }
+
+    /// Where a file was removed just now, waits for the kernel's word that it may be deleted: that
+    /// comes after the removal was answered. `false` where none came. The caller holds no lock.
+    pub(crate) fn wait_for_farewell(&self) -> bool {
+        let mut farewells = self.farewells.lock();
+        let seen = farewells.given_up;
+        while farewells.given_up == seen {
+            let Some(unnamed) = farewells.unnamed else {
+                return false;
+            };
+            if !self.given_up.wait_until(&mut farewells, unnamed + FAREWELL) {
+                return farewells.given_up != seen;
+            }
+        }
+        true
     }
 }
 
@@ -148,7 +198,7 @@ impl Fs {
             inode.orphan.set(3, 0);
             return Ok(());
         }
-        let mut state = self.orphans.0.lock();
+        let mut state = self.orphans.state.lock();
         if let Some(file) = &mut state.file {
             if let Some(slot) = file.free.pop() {
                 let per_block = self.geo.block_size / 4 - 2;
@@ -185,7 +235,7 @@ impl Fs {
             inode.orphan.set(0, 0);
             return Ok(());
         }
-        let mut state = self.orphans.0.lock();
+        let mut state = self.orphans.state.lock();
         let Some(next) = inode.orphan.next() else {
             let slot = inode.orphan.place.load(Ordering::Acquire);
             if let Some(file) = &mut state.file {
@@ -277,7 +327,7 @@ impl Fs {
     fn read_list(&self, inos: &mut Vec<Arc<Inode>>) -> FsResult {
         let (buffer, offset) = self.core.superblock()?;
         let mut next = le32(&buffer.data(), offset + S_LAST_ORPHAN);
-        let mut state = self.orphans.0.lock();
+        let mut state = self.orphans.state.lock();
         state.first = next;
         if next != 0 {
             self.core
@@ -296,7 +346,7 @@ impl Fs {
             before = next;
             next = following;
             inos.push(inode);
-            state = self.orphans.0.lock();
+            state = self.orphans.state.lock();
         }
         Ok(())
     }
@@ -349,14 +399,14 @@ impl Fs {
             }
         }
         file.free.reverse();
-        self.orphans.0.lock().file = Some(file);
+        self.orphans.state.lock().file = Some(file);
         Ok(())
     }
 
     /// Whether no inode is an orphan.
     #[must_use]
     pub(crate) fn no_orphans(&self) -> bool {
-        let state = self.orphans.0.lock();
+        let state = self.orphans.state.lock();
         let per_block = self.geo.block_size / 4 - 2;
         let all_free = state
             .file
@@ -367,6 +417,9 @@ impl Fs {
 
     /// An error of deleting in the background, for the log.
     pub(crate) fn report_eviction(&self, ino: u32, error: FsError) {
+        if self.is_shut_down() {
+            return;
+        }
         log::error!("inode {ino} without a name could not be deleted: {error}; it stays an orphan");
     }
 }

@@ -266,3 +266,67 @@ fn what_cannot_be_zeroed_keeps_its_data() {
         assert_eq!(read(fs, file.ino, 0, 32 << 10), [expected; 32 << 10]);
     });
 }
+
+/// What was lost: handles of files (`name_to_handle_at`, NFS) once the kernel had forgotten the file.
+#[test]
+fn a_file_is_found_by_its_number_as_long_as_it_is_one() {
+    let image = Image::new(&["-t", "ext4"], "32M");
+    let disk = image.disk();
+    let dev: DynDevice = disk.clone();
+    let fs = Fs::mount(dev, MountOptions::default()).unwrap();
+    let ino = fs.create(ROOT, b"file", FILE, 0, &ME).unwrap().ino;
+    fs.forget(ino, 1);
+    assert!(fs.inodes.get(ino).is_none());
+    let found = fs.lookup_number(ino).unwrap().unwrap();
+    assert_eq!((found.ino, found.nlink), (ino, 1));
+    fs.unlink(ROOT, b"file", &ME).unwrap();
+    assert_eq!(fs.lookup_number(ino), Ok(None), "removed, and still open");
+    fs.forget(ino, 1);
+    fs.evict_all();
+    assert_eq!(fs.lookup_number(ino), Ok(None), "deleted");
+    assert!(fs.lookup_number(ROOT).unwrap().is_some());
+    let inodes = fs.geo.inodes_count;
+    // No inode, the journal, one never used, one in a table that was never written, none.
+    for number in [0, 8, ino + 1, inodes, inodes + 1, u32::MAX] {
+        assert_eq!(fs.lookup_number(number), Ok(None), "{number}");
+    }
+    assert_eq!(fs.errors.lock().count, 0, "no damage");
+    fs.unmount().unwrap();
+    drop(fs);
+    image.fsck(&disk);
+}
+
+/// What was lost: the space of a file removed just before. The kernel says that nobody has it open
+/// only after the removal was answered, and whoever wrote in between was told that the disk is full.
+#[test]
+fn space_of_a_file_that_was_just_removed_is_waited_for() {
+    let image = Image::new(&["-t", "ext4"], "16M");
+    let disk = image.disk();
+    let dev: DynDevice = disk.clone();
+    let fs = Fs::mount(dev, MountOptions::default()).unwrap();
+    let fill = |name: &[u8], len: u64| {
+        let ino = fs.create(ROOT, name, FILE, 0, &ME).unwrap().ino;
+        let inode = fs.iget(ino).unwrap();
+        let result = fs.fallocate(&inode, FallocMode::empty(), 0, len, &ME);
+        (ino, result)
+    };
+    let free = fs.statfs().bfree * u64::from(fs.geo.block_size);
+    let (big, filled) = fill(b"big", free / 10 * 9);
+    filled.unwrap();
+    let (_, refused) = fill(b"refused", free / 2);
+    assert_eq!(refused, Err(FsError::NoSpace), "while the first is there");
+    fs.unlink(ROOT, b"big", &ME).unwrap();
+    std::thread::scope(|scope| {
+        let fs = &fs;
+        scope.spawn(move || {
+            // Late, as the kernel is.
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            fs.forget(big, 1);
+        });
+        let (_, result) = fill(b"next", free / 10 * 8);
+        assert_eq!(result, Ok(()));
+    });
+    fs.unmount().unwrap();
+    drop(fs);
+    image.fsck(&disk);
+}

@@ -12,6 +12,7 @@ Options after -o, separated by commas:
   offset=BYTES             where in IMAGE the file system starts (a partition), a multiple of 512
   relatime, strictatime, noatime
                            when reading updates access times (default: relatime)
+  lazytime                 times alone are written with the next change, by fsync, at unmount
   sync                     every change is on disk before the call returns
   commit=SECONDS           longest time between commits of the journal (default: 5)
   errors=continue|remount-ro|panic

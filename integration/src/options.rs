@@ -26,7 +26,6 @@ const IGNORED: &[&str] = &[
     "journal_checksum",
     "kernel_cache",
     "large_read",
-    "lazytime",
     "loop",
     "_netdev",
     "noauto",
@@ -35,10 +34,10 @@ const IGNORED: &[&str] = &[
     "nodelalloc",
     "nodiratime",
     "nofail",
+    "nojournal_checksum",
     "nogrpid",
     "noinit_itable",
     "noiversion",
-    "nolazytime",
     "nomand",
     "noquota",
     "nouser",
@@ -53,6 +52,8 @@ const IGNORED: &[&str] = &[
 /// Options with a value that change nothing here.
 const IGNORED_WITH_VALUE: &[&str] = &[
     "comment",
+    // No block is named before its data is on disk: there is nothing to abort for.
+    "data_err",
     "helper",
     "inode_readahead_blks",
     "journal_ioprio",
@@ -223,6 +224,8 @@ impl Options {
             "noatime" => self.fs.atime = Atime::Never,
             "relatime" | "atime" | "nostrictatime" => self.fs.atime = Atime::Relative,
             "strictatime" | "norelatime" => self.fs.atime = Atime::Strict,
+            "lazytime" => self.fs.lazytime = true,
+            "nolazytime" => self.fs.lazytime = false,
             "sync" | "dirsync" => self.fs.sync = true,
             "async" => self.fs.sync = false,
             "noload" | "norecovery" => self.fs.noload = true,

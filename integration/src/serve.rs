@@ -2,16 +2,18 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 
 use fs::data::MAX_IO;
+use fs::format::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE};
 use fs::fuse::{FuseConfig, Server, Unmounter};
+use fs::mount::needs_recovery;
 use fs::options::Atime;
-use fs::{Fs, FsError};
+use fs::{Fs, FsError, MountOptions};
 use rustix::fs::{Access, FlockOperation};
 use rustix::mount::UnmountFlags;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -135,17 +137,8 @@ pub fn run(plan: &Plan, places: &Places, detached: bool) -> Result<(), ServeErro
     // Before the mount, so that no signal can end the process and leave a dead mount behind.
     let signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(system)?;
 
-    let dev = stack::open(
-        &places.image,
-        &places.image_as_given,
-        options.offset,
-        options.fs.read_only,
-    )?;
     let image = || places.image_as_given.clone();
-    let fs = Fs::mount(dev, options.fs.clone()).map_err(|source| ServeError::Mount {
-        image: image(),
-        source,
-    })?;
+    let fs = mount(plan, places)?;
     let served = serve(fs.clone(), &config, signals, detached, log.as_ref());
     let unmounted = fs.unmount();
     served?;
@@ -153,6 +146,49 @@ pub fn run(plan: &Plan, places: &Places, detached: bool) -> Result<(), ServeErro
         image: image(),
         source,
     })
+}
+
+/// Opens the image and mounts the file system on it. One that is to be read only is opened so, unless
+/// its journal has to be replayed: as with the kernel's, `ro` is about files.
+fn mount(plan: &Plan, places: &Places) -> Result<Arc<Fs>, ServeError> {
+    let options = &plan.options;
+    let image = &places.image_as_given;
+    let open = |read_only| stack::open(&places.image, image, options.offset, read_only);
+    let read_only = options.fs.read_only;
+    let replays = read_only
+        && !options.fs.noload
+        && journal_waits(&places.image, options.offset).unwrap_or(false);
+    let dev = match open(read_only && !replays) {
+        // Then the mount tells what it would need.
+        Err(StackError::ReadOnly(_) | StackError::WriteProtected { .. }) if replays => open(true)?,
+        opened => opened?,
+    };
+    if replays && !dev.limits().read_only {
+        // What a crash left is deleted then, too. Where the file system is one that can only be
+        // read, the mount below replays.
+        let writable = MountOptions {
+            read_only: false,
+            ..options.fs.clone()
+        };
+        if let Ok(fs) = Fs::mount(dev.clone(), writable) {
+            fs.unmount().map_err(|source| ServeError::Unmount {
+                image: image.clone(),
+                source,
+            })?;
+        }
+    }
+    Fs::mount(dev, options.fs.clone()).map_err(|source| ServeError::Mount {
+        image: image.clone(),
+        source,
+    })
+}
+
+/// Whether the superblock says that the journal has to be replayed.
+fn journal_waits(image: &Path, offset: u64) -> io::Result<bool> {
+    let mut bytes = [0; SUPERBLOCK_SIZE];
+    let file = File::open(image)?;
+    file.read_exact_at(&mut bytes, offset.saturating_add(SUPERBLOCK_OFFSET))?;
+    Ok(needs_recovery(&bytes))
 }
 
 /// Everything between the mounted file system and its unmounting.

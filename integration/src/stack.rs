@@ -1,10 +1,12 @@
 //! Image to top device.
 
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use blockstack::backend::file::{FileDisk, OpenError, OpenErrorKind, OpenOptions};
 use blockstack::{DynDevice, Sector, SectorCount};
 use dmtargets::{TableError, linear_over};
+use rustix::fs::{major, minor};
 
 /// Why there is no device for the file system.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +17,12 @@ pub enum StackError {
     /// The image can be read only.
     #[error("image {0} (mount with -o ro to read it)")]
     ReadOnly(OpenError),
+    /// The image is a block device that is set to be read only.
+    #[error("image {image:?} is write-protected (mount with -o ro to read it)")]
+    WriteProtected {
+        /// As given.
+        image: String,
+    },
     /// The file system would start behind the end of the image.
     #[error("-o offset={offset}: image {image:?} has only {bytes} bytes")]
     Offset {
@@ -30,6 +38,19 @@ pub enum StackError {
     Table(#[from] TableError),
 }
 
+/// Whether it is a block device that blockdev(8) or its switch set to be read only.
+fn is_write_protected(image: &Path) -> bool {
+    let Ok(metadata) = std::fs::metadata(image) else {
+        return false;
+    };
+    if !metadata.file_type().is_block_device() {
+        return false;
+    }
+    let (major, minor) = (major(metadata.rdev()), minor(metadata.rdev()));
+    std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"))
+        .is_ok_and(|word| word.trim() == "1")
+}
+
 /// Opens the image and builds what the file system stands on.
 ///
 /// # Errors
@@ -40,6 +61,12 @@ pub fn open(
     offset: u64,
     read_only: bool,
 ) -> Result<DynDevice, StackError> {
+    // Such a device can be opened for writing, and every write fails.
+    if !read_only && is_write_protected(image) {
+        return Err(StackError::WriteProtected {
+            image: image_as_given.to_owned(),
+        });
+    }
     let options = OpenOptions {
         read_only,
         ..OpenOptions::default()

@@ -150,6 +150,26 @@ impl Alloc {
         })
     }
 
+    /// Whether an inode is taken, as its bitmap says. For numbers that come from outside: none of
+    /// them is a sign of damage.
+    ///
+    /// # Errors
+    /// A descriptor or bitmap that cannot be read.
+    pub fn is_inode_taken(&self, ino: u32) -> FsResult<bool> {
+        let geo = &self.core.geo;
+        if ino == 0 || ino > geo.inodes_count {
+            return Ok(false);
+        }
+        let (g, at) = geo.group_of_ino(ino);
+        let desc = self.desc(g)?;
+        if at >= desc.inodes_begun(geo) {
+            return Ok(false);
+        }
+        let buffer = self.core.bufs.read(desc.inode_bitmap, no_check())?;
+        let data = buffer.data();
+        Ok(!bits::all_clear(&data, at, 1))
+    }
+
     /// Frees an inode; it is not taken again before the transaction is committed.
     ///
     /// # Errors

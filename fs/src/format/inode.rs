@@ -228,6 +228,13 @@ impl Default for InodeData {
     }
 }
 
+impl InodeData {
+    /// Counts a change of the inode or its content, as the kernel's `inode_inc_iversion`.
+    pub fn count_change(&mut self) {
+        self.version = self.version.wrapping_add(1);
+    }
+}
+
 /// What can be wrong with an inode.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum InodeError {

@@ -90,7 +90,8 @@ pub(super) fn kind_of_entry(kind: dir::FileType) -> Option<FileType> {
 
 pub(super) fn file_attr(attr: &Attr, block_size: u32) -> FileAttr {
     FileAttr {
-        ino: node(attr.ino),
+        // What stat(2) shows, as listings do. The kernel knows the root's node id by itself.
+        ino: INodeNo(attr.ino.into()),
         size: attr.size,
         blocks: attr.blocks,
         atime: system_time(attr.atime),

@@ -30,6 +30,7 @@ pub(super) fn errno(error: FsError) -> i32 {
         FsError::Overflow => libc::EOVERFLOW,
         FsError::NotTty => libc::ENOTTY,
         FsError::NoMemory => libc::ENOMEM,
+        FsError::ShutDown => libc::EIO,
         FsError::Stale => libc::ESTALE,
         FsError::Buf(BufError::Blk(error)) | FsError::Data(error) => error.to_errno(),
         FsError::Buf(BufError::Invalid { .. }) | FsError::Corrupt { .. } => libc::EUCLEAN,

@@ -11,6 +11,7 @@ mod errno;
 mod follow;
 mod gate;
 mod helper;
+mod lost;
 mod requests;
 
 use std::io;

@@ -22,13 +22,14 @@ use super::attrs::{
 };
 use super::errno::errno;
 use super::gate::Gate;
+use super::lost::Lost;
 use crate::core::Fs;
 use crate::data::{MAX_IO, Origin};
 use crate::dir::Emit;
 use crate::error::{FsError, FsResult};
 use crate::inode::map::Seek;
 use crate::ops::space::FallocMode;
-use crate::ops::{Attr, Caller, NAME_MAX, NewNode, RenameFlags, SetAttr, ioctl::FsXattr};
+use crate::ops::{Attr, Caller, NAME_MAX, NewNode, RenameFlags, SetAttr, Shutdown, ioctl::FsXattr};
 use crate::xattr::XattrMode;
 
 /// Nobody else changes the image.
@@ -40,6 +41,9 @@ const FS_IOC_GETVERSION: u32 = 0x8008_7601;
 const FS_IOC_SETVERSION: u32 = 0x4008_7602;
 const FS_IOC_FSGETXATTR: u32 = 0x801c_581f;
 const FS_IOC_FSSETXATTR: u32 = 0x401c_5820;
+const FITRIM: u32 = 0xc018_5879;
+/// Also `XFS_IOC_GOINGDOWN` and `EXT4_IOC_SHUTDOWN`.
+const FS_IOC_SHUTDOWN: u32 = 0x8004_587d;
 
 /// A search for data or a hole.
 ///
@@ -64,6 +68,7 @@ pub(super) struct Requests {
     read_only: bool,
     notify: Notify,
     seeks: Workqueue<SeekJob>,
+    lost: Arc<Lost>,
 }
 
 fn seek(fs: &Arc<Fs>, notify: &Notify, job: SeekJob) {
@@ -112,6 +117,19 @@ fn caller(request: &Request) -> Caller {
     }
 }
 
+/// Whether the caller may keep a set-group-id bit of that group: one of its own, or root.
+fn is_in_group(request: &Request, gid: u32) -> bool {
+    if request.uid() == 0 || request.gid() == gid {
+        return true;
+    }
+    // FUSE sends no further groups.
+    let status = std::fs::read_to_string(format!("/proc/{}/status", request.pid()));
+    let status = status.unwrap_or_default();
+    let groups = status.lines().find_map(|line| line.strip_prefix("Groups:"));
+    let wanted = gid.to_string();
+    groups.is_some_and(|groups| groups.split_whitespace().any(|group| group == wanted))
+}
+
 fn empty(reply: ReplyEmpty, result: FsResult) {
     match result {
         Ok(()) => reply.ok(),
@@ -133,8 +151,10 @@ impl Requests {
         let notify = Notify::default();
         let (to_fs, to_notify) = (fs.clone(), notify.clone());
         let seeks = Workqueue::new("seek", 2, move |job| seek(&to_fs, &to_notify, job))?;
+        let lost = Lost::new(notify.clone())?;
         Ok(Self {
             fs,
+            lost,
             gate: Gate::new(config.loops, config.threads()),
             read_only: config.read_only,
             notify,
@@ -176,12 +196,10 @@ impl Requests {
         match result {
             Ok(attr) => {
                 let generation = Generation(attr.generation.into());
-                reply.entry_with_ttls(
-                    self.lifetime(request, &attr),
-                    &FOREVER,
-                    &file_attr(&attr, self.fs.geo.block_size),
-                    generation,
-                );
+                let mut shown = file_attr(&attr, self.fs.geo.block_size);
+                // `fuser` takes the node id from here.
+                shown.ino = node(attr.ino);
+                reply.entry_with_ttls(self.lifetime(request, &attr), &FOREVER, &shown, generation);
             }
             Err(error) => reply.error(code(error)),
         }
@@ -197,7 +215,43 @@ impl Requests {
         }
     }
 
-    fn run_ioctl(&self, ino: u32, cmd: u32, input: &[u8]) -> FsResult<Vec<u8>> {
+    /// A request will change the content of a file, and the kernel does not say whether that clears
+    /// bits of its mode.
+    fn remove_privileges(&self, request: &Request, node: INodeNo) -> FsResult {
+        match request.uid() {
+            0 => Ok(()),
+            _ => self.kill_privileges(request, node),
+        }
+    }
+
+    /// Clears the bits of a file's mode that a change of its content clears. The kernel does not
+    /// expect that, and must hear of it.
+    fn kill_privileges(&self, request: &Request, node: INodeNo) -> FsResult {
+        let in_group = |gid| is_in_group(request, gid);
+        if self.fs.remove_privileges(ino(node), in_group)?
+            && let Some(notifier) = self.notify.get()
+            && let Err(error) = notifier.inval_inode(node, -1, 0)
+        {
+            log::debug!("node {}: the mode stays with the kernel: {error}", node.0);
+        }
+        Ok(())
+    }
+
+    fn run_ioctl(&self, uid: u32, ino: u32, cmd: u32, input: &[u8]) -> FsResult<Vec<u8>> {
+        let admin = || {
+            if uid == 0 {
+                Ok(())
+            } else {
+                Err(FsError::NotPermitted)
+            }
+        };
+        let long = |at: usize| -> FsResult<u64> {
+            let bytes = input.get(at..at + 8).ok_or(FsError::Invalid)?;
+            bytes
+                .try_into()
+                .map(u64::from_le_bytes)
+                .or(Err(FsError::Invalid))
+        };
         let word = |at: usize| -> FsResult<u32> {
             let bytes = input.get(at..at + 4).ok_or(FsError::Invalid)?;
             bytes
@@ -224,6 +278,20 @@ impl Requests {
                 };
                 self.fs.set_fsxattr(ino, set).map(|()| Vec::new())
             }
+            FITRIM => {
+                admin()?;
+                let trimmed = self.fs.trim(long(0)?, long(8)?, long(16)?)?;
+                let mut out = input[..24].to_vec();
+                out[8..16].copy_from_slice(&trimmed.to_le_bytes());
+                Ok(out)
+            }
+            FS_IOC_SHUTDOWN => {
+                admin()?;
+                // By the number's direction its argument is an answer, so FUSE does not send which
+                // of the three ways is meant; nor does it send `sync`, so what that has promised
+                // may not be durable yet.
+                self.fs.shut_down(Shutdown::Everything).map(|()| vec![0; 4])
+            }
             _ => Err(FsError::NotTty),
         }
     }
@@ -241,6 +309,7 @@ impl Filesystem for Requests {
             InitFlags::FUSE_HAS_IOCTL_DIR,
             InitFlags::FUSE_DONT_MASK,
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+            InitFlags::FUSE_EXPORT_SUPPORT,
         ];
         if !self.read_only {
             wanted.push(InitFlags::FUSE_WRITEBACK_CACHE);
@@ -273,7 +342,15 @@ impl Filesystem for Requests {
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let _turn = self.turn(request);
-        match self.fs.lookup(ino(parent), name.as_bytes()) {
+        let found = match name.as_bytes() {
+            // The kernel asks for a file by its number alone, from a handle of it.
+            b"." => match self.fs.lookup_number(ino(parent)) {
+                Ok(None) => Err(FsError::Stale),
+                found => found,
+            },
+            name => self.fs.lookup(ino(parent), name),
+        };
+        match found {
             Ok(None) => reply.entry(&FOREVER, &negative(), Generation(0)),
             Ok(Some(attr)) => self.entry(request, reply, Ok(attr)),
             Err(error) => reply.error(code(error)),
@@ -282,12 +359,22 @@ impl Filesystem for Requests {
 
     fn forget(&self, _: &Request, node: INodeNo, nlookup: u64) {
         // Several come in one request, and nobody waits for them: no turn of its own for each.
+        self.lost.forget(node);
         self.fs.forget(ino(node), nlookup);
         self.gate.after_forget();
     }
 
-    fn getattr(&self, request: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        file: Option<FileHandle>,
+        reply: ReplyAttr,
+    ) {
         let _turn = self.turn(request);
+        if file.is_some() && self.lost.take(node) {
+            return reply.error(code(FsError::NoSpace));
+        }
         self.attr(request, reply, self.fs.getattr(ino(node)));
     }
 
@@ -512,11 +599,20 @@ impl Filesystem for Requests {
             Origin::PageCache
         } else {
             let kill_priv = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+            if kill_priv && let Err(error) = self.kill_privileges(request, node) {
+                return reply.error(code(error));
+            }
             Origin::Direct { kill_priv }
         };
+        let lost = (origin == Origin::PageCache).then(|| self.lost.clone());
         let answer = move |result: FsResult<u32>| match result {
             Ok(written) => reply.written(written),
-            Err(error) => reply.error(code(error)),
+            Err(error) => {
+                reply.error(code(error));
+                if let (FsError::NoSpace, Some(lost)) = (error, lost) {
+                    lost.note(node);
+                }
+            }
         };
         self.fs.write(
             &inode,
@@ -602,7 +698,7 @@ impl Filesystem for Requests {
                     None => {
                         let mut attr = negative();
                         attr.kind = fuser::FileType::Directory;
-                        attr.ino = node(entry.ino);
+                        attr.ino = INodeNo(entry.ino.into());
                         (attr, Generation(0), &FOREVER)
                     }
                 };
@@ -670,11 +766,18 @@ impl Filesystem for Requests {
             libc::XATTR_REPLACE => XattrMode::Replace,
             _ => return reply.error(Errno::EINVAL),
         };
-        empty(
-            reply,
-            self.fs
-                .setxattr(ino(node), name.as_bytes(), Some(value), mode),
-        );
+        let name = name.as_bytes();
+        let set = self.fs.setxattr(ino(node), name, Some(value), mode);
+        let set = set.and_then(|()| {
+            // As the kernel's `posix_acl_update_mode`.
+            if name == b"system.posix_acl_access" {
+                let in_group = |gid| is_in_group(request, gid);
+                self.fs.drop_foreign_setgid(ino(node), in_group).map(drop)
+            } else {
+                Ok(())
+            }
+        });
+        empty(reply, set);
     }
 
     fn getxattr(
@@ -726,7 +829,7 @@ impl Filesystem for Requests {
         reply: ReplyIoctl,
     ) {
         let _turn = self.turn(request);
-        match self.run_ioctl(ino(node), cmd, in_data) {
+        match self.run_ioctl(request.uid(), ino(node), cmd, in_data) {
             Ok(out) => reply.ioctl(0, &out[..out.len().min(out_size as usize)]),
             Err(error) => reply.error(code(error)),
         }
@@ -747,6 +850,7 @@ impl Filesystem for Requests {
             .ok_or(FsError::NotSupported)
             .and_then(|mode| {
                 let inode = self.fs.iget(ino(node))?;
+                self.remove_privileges(request, node)?;
                 self.fs
                     .fallocate(&inode, mode, offset, length, &caller(request))
             });
@@ -798,6 +902,7 @@ impl Filesystem for Requests {
             let to = self.fs.iget(ino(ino_out))?;
             // The answer counts in 32 bits.
             let len = len.min(1 << 30);
+            self.remove_privileges(request, ino_out)?;
             self.fs
                 .copy_range(&from, offset_in, &to, offset_out, len, &caller(request))
         })();

@@ -7,7 +7,7 @@ pub mod map;
 pub mod range;
 pub mod table;
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use blockstack::sync::{Rank, RwLock};
@@ -60,6 +60,9 @@ pub struct Inode {
     pub datasync_tid: AtomicU32,
     /// Type bits of the mode, which never change.
     pub type_bits: u16,
+    /// Since when its times are newer than what the journal has of it, in seconds since 1970; 0 for
+    /// not at all. They are written with its next change, by `fsync`, and before it leaves the memory.
+    pub lazy_since: AtomicI64,
     /// Its place in the list of orphans.
     pub orphan: OrphanLink,
     /// Writes under way.
@@ -85,6 +88,7 @@ impl Inode {
             unlinker: AtomicU32::new(0),
             tid: AtomicU32::new(0),
             datasync_tid: AtomicU32::new(0),
+            lazy_since: AtomicI64::new(0),
             orphan: OrphanLink::default(),
             io: IoState::default(),
             dio: OnceLock::new(),
@@ -206,6 +210,7 @@ impl Fs {
             seal_inode(inode.csum_seed, bytes);
         }
         inode.tid.store(handle.tid(), Ordering::Release);
+        inode.lazy_since.store(0, Ordering::Release);
         Ok(())
     }
 }

@@ -89,8 +89,11 @@ impl Fs {
     /// Gives an inode, read where it is not in memory.
     ///
     /// # Errors
-    /// [`FsError::Stale`] for a number outside; what reading finds wrong.
+    /// [`FsError::Stale`] for a number outside; what reading finds wrong; [`FsError::ShutDown`].
     pub fn iget(&self, ino: u32) -> FsResult<Arc<Inode>> {
+        if self.is_shut_down() {
+            return Err(FsError::ShutDown);
+        }
         if let Some(inode) = self.inodes.get(ino) {
             return Ok(inode);
         }
@@ -156,9 +159,16 @@ impl Fs {
         if inode.lookups.load(Ordering::Acquire) == 0 && inode.orphan.is_listed() {
             if let Some(evictions) = &self.evictions {
                 evictions.queue(inode);
+                self.orphans.note_given_up();
                 return;
             }
             self.report_eviction(ino, FsError::NoMemory);
+            return;
+        }
+        let lazy = inode.lazy_since.load(Ordering::Acquire) != 0;
+        if let (true, Some(evictions)) = (lazy, &self.evictions) {
+            // Whoever is here must not wait for the journal.
+            evictions.queue(inode);
             return;
         }
         drop(inode);

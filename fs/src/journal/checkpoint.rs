@@ -256,7 +256,7 @@ impl Shared {
     /// The end, when the threads are gone: everything goes home, the log is marked empty.
     pub(super) fn finish_log(&self) -> FsResult {
         if self.state.lock().aborted {
-            return Err(FsError::Aborted);
+            return Err(self.core.refusal());
         }
         let Mode::Jbd2(jbd2) = &self.mode else {
             return Ok(flush_wait(&self.core.dev)?);

@@ -59,6 +59,11 @@ impl Shared {
             if state.stop == Stop::Now {
                 return;
             }
+            if self.aborted.load(Ordering::Acquire) {
+                // Whoever aborts is about to say so in the state.
+                self.commit_work.wait(&mut state);
+                continue;
+            }
             if state.has_committer {
                 self.commit_work.wait(&mut state);
                 continue;
@@ -91,7 +96,8 @@ impl Shared {
         while txn.updates.load(Ordering::SeqCst) > 0 && state.stop != Stop::Now {
             self.drained.wait(&mut state);
         }
-        if state.stop == Stop::Now {
+        // A handle may have stopped halfway through its operation because of the abort.
+        if state.stop == Stop::Now || self.aborted.load(Ordering::Acquire) {
             state.has_committer = false;
             return state;
         }

@@ -46,7 +46,7 @@ impl Shared {
         let mut state = self.state.lock();
         loop {
             if state.aborted || state.stop != Stop::No {
-                return Err(FsError::Aborted);
+                return Err(self.core.refusal());
             }
             self.core.check_writable()?;
             if let Some(running) = state.running.clone() {
@@ -155,7 +155,7 @@ impl Handle {
     fn txn(&self) -> FsResult<&Arc<Txn>> {
         let txn = self.txn.as_ref().ok_or(FsError::Aborted)?;
         if txn.shared.aborted.load(Ordering::Relaxed) {
-            return Err(FsError::Aborted);
+            return Err(txn.shared.core.refusal());
         }
         Ok(txn)
     }
@@ -352,7 +352,7 @@ impl Handle {
             return txn.shared.commit_wait(txn.tid);
         }
         if txn.shared.aborted.load(Ordering::Relaxed) {
-            Err(FsError::Aborted)
+            Err(txn.shared.core.refusal())
         } else {
             Ok(())
         }

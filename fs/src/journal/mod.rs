@@ -424,6 +424,12 @@ impl Journal {
         self.shared.abort(why);
     }
 
+    /// As [`Self::abort`], where nothing is wrong: no error is recorded. What was committed is
+    /// replayed at the next mount.
+    pub(crate) fn halt(&self) {
+        self.shared.halt();
+    }
+
     /// Whether there is a log: what is committed then stands there whole or not at all.
     #[must_use]
     pub fn has_log(&self) -> bool {
@@ -474,13 +480,18 @@ impl Shared {
             let pending = |txn: &Option<Arc<Txn>>| txn.as_ref().is_some_and(|t| t.tid == tid);
             if !pending(&state.running) && !pending(&state.committing) {
                 return if state.aborted && !tid_geq(state.committed, tid) {
-                    Err(FsError::Aborted)
+                    Err(self.core.refusal())
                 } else {
                     Ok(())
                 };
             }
             if state.aborted || state.stop == Stop::Now {
-                return Err(FsError::Aborted);
+                return Err(self.core.refusal());
+            }
+            if self.aborted.load(Ordering::Acquire) {
+                // Whoever aborts is about to say so in the state.
+                self.done.wait(&mut state);
+                continue;
             }
             match state.running.clone() {
                 Some(txn) if txn.tid == tid && !state.has_committer => {
@@ -503,14 +514,24 @@ impl Shared {
         log::error!("journal aborted: {why}");
         self.core.note_error("journal aborted", 0, 0);
         self.core.make_read_only("the journal was aborted");
+        // Who waits finds a file system that is read-only already.
+        self.take_nothing(true);
+    }
+
+    fn halt(&self) {
+        if !self.aborted.swap(true, Ordering::AcqRel) {
+            self.take_nothing(false);
+        }
+    }
+
+    fn take_nothing(&self, record_errno: bool) {
         let hooks = self.state.lock().hooks.clone();
         if let Some(hooks) = hooks {
             hooks.aborted();
         }
-        // Who waits finds a file system that is read-only already.
         let mut state = self.state.lock();
         state.aborted = true;
-        state.record_errno = true;
+        state.record_errno = record_errno;
         self.wake_all();
     }
 

@@ -41,6 +41,17 @@ pub struct SetAttr {
 }
 
 impl SetAttr {
+    /// Whether it is the kernel that brings times home which it has kept.
+    fn brings_only_times(&self) -> bool {
+        let times = Self {
+            atime: self.atime,
+            mtime: self.mtime,
+            ctime: self.ctime,
+            ..Self::default()
+        };
+        self.ctime.is_some() && *self == times
+    }
+
     /// Whether there is more than what an append brings: the kernel tells the times of one so.
     fn changes_more_than_content(&self) -> bool {
         let sets_atime = matches!(self.atime, Some(SetTime::At(_)));
@@ -100,6 +111,10 @@ impl Fs {
         if *set == only_size {
             return Ok(self.attr_of(&inode, &data));
         }
+        if set.brings_only_times() && self.may_wait(&inode) {
+            self.apply_times(&mut data, set);
+            return Ok(self.attr_of(&inode, &data));
+        }
         let handle = self.journal.start(ATTR_CREDITS + xattr::credits())?;
         let before = data.clone();
         let result = self
@@ -124,7 +139,6 @@ impl Fs {
         data: &mut InodeData,
         set: &SetAttr,
     ) -> FsResult {
-        let now = self.now();
         if set.uid.is_some() || set.gid.is_some() {
             data.uid = set.uid.unwrap_or(data.uid);
             data.gid = set.gid.unwrap_or(data.gid);
@@ -143,6 +157,12 @@ impl Fs {
             data.mode = (data.mode & 0xf000) | (mode & 0o7777);
             acl::chmod(self, handle, inode, data)?;
         }
+        self.apply_times(data, set);
+        Ok(())
+    }
+
+    fn apply_times(&self, data: &mut InodeData, set: &SetAttr) {
+        let now = self.now();
         let time = |set: Option<SetTime>, old: Timespec| match set {
             None => old,
             Some(SetTime::Now) => now,
@@ -151,7 +171,87 @@ impl Fs {
         data.atime = time(set.atime, data.atime);
         data.mtime = time(set.mtime, data.mtime);
         data.ctime = set.ctime.map_or(now, |time| self.storable(time));
-        Ok(())
+        data.count_change();
+    }
+
+    /// On a mount with `lazytime`, whether new times of an inode need not be written yet.
+    fn may_wait(&self, inode: &Inode) -> bool {
+        // As the kernel's `dirtytime_expire_seconds`.
+        const LONGEST: i64 = 12 * 60 * 60;
+        if !self.opts.lazytime {
+            return false;
+        }
+        let now = self.now().sec;
+        let since = inode
+            .lazy_since
+            .compare_exchange(0, now, Ordering::AcqRel, Ordering::Acquire);
+        since.map_or_else(|since| now - since < LONGEST, |_new| true)
+    }
+
+    /// Writes times that [`Self::may_wait`] let wait. The caller holds no lock.
+    pub(crate) fn write_times(&self, inode: &Inode) -> FsResult {
+        if inode.lazy_since.load(Ordering::Acquire) == 0 {
+            return Ok(());
+        }
+        let data = inode.data.write();
+        let handle = self.journal.start(2)?;
+        let written = self.write_inode(&handle, inode, &data);
+        handle.finish(written)
+    }
+
+    /// Clears the set-group-id bit where the caller is not `in_group`, as a new ACL does.
+    ///
+    /// # Errors
+    /// As [`Self::setattr`].
+    pub fn drop_foreign_setgid(
+        &self,
+        ino: u32,
+        in_group: impl FnOnce(u32) -> bool,
+    ) -> FsResult<bool> {
+        let setgid = libc::S_ISGID as u16;
+        self.drop_bits(ino, |data| match data.mode & setgid {
+            0 => 0,
+            _ if in_group(data.gid) => 0,
+            bit => bit,
+        })
+    }
+
+    /// Clears the bits that a change of a file's content by somebody without privileges clears, as
+    /// the kernel's `file_remove_privs`. Returns whether there were any.
+    ///
+    /// # Errors
+    /// As [`Self::setattr`].
+    pub fn remove_privileges(
+        &self,
+        ino: u32,
+        in_group: impl FnOnce(u32) -> bool,
+    ) -> FsResult<bool> {
+        let setgid = libc::S_ISGID as u16;
+        self.drop_bits(ino, |data| {
+            let mut after = data.clone();
+            drop_privileges(&mut after);
+            if after.mode & setgid != 0 && !in_group(data.gid) {
+                after.mode &= !setgid;
+            }
+            data.mode & !after.mode
+        })
+    }
+
+    fn drop_bits(&self, ino: u32, which: impl FnOnce(&InodeData) -> u16) -> FsResult<bool> {
+        let special = (libc::S_ISUID | libc::S_ISGID) as u16;
+        let inode = self.iget(ino)?;
+        if inode.data.read().mode & special == 0 {
+            return Ok(false);
+        }
+        let mut data = inode.data.write();
+        let bits = which(&data);
+        if bits == 0 {
+            return Ok(false);
+        }
+        let handle = self.journal.start(2)?;
+        data.mode &= !bits;
+        let written = self.write_inode(&handle, &inode, &data);
+        handle.finish(written).map(|()| true)
     }
 
     /// On a mount with `sync`, waits until `tid` is durable.
@@ -184,6 +284,10 @@ impl Fs {
     /// Sets the time of access. A failure harms nobody who reads; the journal has told of it.
     pub(crate) fn touch_atime(&self, inode: &Inode) {
         let mut data = inode.data.write();
+        if self.may_wait(inode) {
+            data.atime = self.now();
+            return;
+        }
         let touched = self.journal.start(2).and_then(|handle| {
             data.atime = self.now();
             let written = self.write_inode(&handle, inode, &data);
@@ -318,6 +422,7 @@ impl Fs {
             return handle.finish(Err(error));
         }
         data.ctime = self.now();
+        data.count_change();
         let written = self.write_inode(&handle, &inode, &data);
         let tid = handle.tid();
         inode.datasync_tid.store(tid, Ordering::Release);

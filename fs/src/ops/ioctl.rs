@@ -148,6 +148,31 @@ impl Fs {
         })
     }
 
+    /// `FITRIM`, in bytes: discards what is free within `start..start + len`, in runs of `min_len`
+    /// and more. Returns how many bytes that were.
+    ///
+    /// # Errors
+    /// [`FsError::NotSupported`] where the device cannot discard, [`FsError::Invalid`] for a range
+    /// outside of the file system or under a block, or runs longer than there can be.
+    pub fn trim(&self, start: u64, len: u64, min_len: u64) -> FsResult<u64> {
+        self.check_writable()?;
+        let limits = self.dev.limits();
+        if limits.max_discard_sectors == 0 {
+            return Err(FsError::NotSupported);
+        }
+        let bits = self.geo.block_bits;
+        let longest = u64::from(self.geo.blocks_per_group);
+        let (first, blocks) = (start >> bits, len >> bits);
+        if min_len >> bits > longest || first >= self.geo.blocks_count || blocks == 0 {
+            return Err(FsError::Invalid);
+        }
+        let min_len = min_len.max(limits.discard_granularity.into()) >> bits;
+        if min_len > longest {
+            return Ok(0);
+        }
+        Ok(self.alloc.trim(first, blocks, min_len)? << bits)
+    }
+
     fn change(
         self: &Arc<Self>,
         ino: u32,
@@ -159,6 +184,7 @@ impl Fs {
         let before = data.clone();
         apply(&mut data, inode.is_dir(), inode.is_file())?;
         data.ctime = self.now();
+        data.count_change();
         let handle = self.journal.start(4)?;
         let written = self.write_inode(&handle, &inode, &data);
         if written.is_err() {

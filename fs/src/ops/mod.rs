@@ -11,6 +11,7 @@ pub mod attr;
 pub mod ioctl;
 pub mod namei;
 pub mod rename;
+pub mod shutdown;
 pub mod space;
 
 use std::sync::atomic::Ordering;
@@ -23,11 +24,15 @@ use crate::inode::Inode;
 pub use attr::{SetAttr, SetTime};
 pub use namei::NewNode;
 pub use rename::RenameFlags;
+pub use shutdown::Shutdown;
 
 /// The longest name, in bytes.
 pub const NAME_MAX: usize = 255;
 /// Hard links an inode can have; directories may have more with `dir_nlink`.
 pub const LINK_MAX: u16 = 65000;
+
+/// How often an operation looks for space that comes back: others may take it meanwhile.
+pub(crate) const RECLAIMS: u32 = 3;
 
 /// Who asks.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -111,16 +116,30 @@ fn set_rdev(data: &mut InodeData, rdev: u32) {
 impl Fs {
     /// Does an operation once more where it found no space but some comes back.
     pub(crate) fn with_space<T>(&self, mut operation: impl FnMut() -> FsResult<T>) -> FsResult<T> {
-        match operation() {
-            Err(FsError::NoSpace) if self.reclaim()? => operation(),
-            result => result,
+        for _ in 0..RECLAIMS {
+            match operation() {
+                Err(FsError::NoSpace) if self.reclaim()? => {}
+                result => return result,
+            }
         }
+        operation()
     }
 
     /// Brings back the space of what was removed: inodes that are still to be deleted, and blocks
     /// that come back with the next commit. `false` where there are none. Waits for commits; the
     /// caller must hold no lock.
     pub(crate) fn reclaim(&self) -> FsResult<bool> {
+        if self.reclaim_given_up()? {
+            return Ok(true);
+        }
+        if self.orphans.wait_for_farewell() {
+            self.reclaim_given_up()?;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    fn reclaim_given_up(&self) -> FsResult<bool> {
         let doomed = self.evictions.as_ref().filter(|queue| queue.pending() > 0);
         if let Some(evictions) = doomed {
             evictions.flush();

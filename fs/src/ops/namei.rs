@@ -109,6 +109,29 @@ impl Fs {
         Ok(Some(self.attr_of(&inode, &child)))
     }
 
+    /// Finds an inode by its number and counts a reference of the kernel, for handles of files that
+    /// it has forgotten meanwhile; `None` where there is no such file (any more).
+    ///
+    /// # Errors
+    /// Those of reading; damage.
+    pub fn lookup_number(&self, ino: u32) -> FsResult<Option<Attr>> {
+        let own = ino < self.geo.first_ino && ino != crate::inode::ROOT_INO;
+        let known = self.inodes.get(ino).is_some();
+        if own || (!known && !self.alloc.is_inode_taken(ino)?) {
+            return Ok(None);
+        }
+        let inode = self.iget(ino)?;
+        let data = inode.data.read();
+        if data.links == 0 {
+            drop(data);
+            drop(inode);
+            self.inodes.drop_unused(ino);
+            return Ok(None);
+        }
+        inode.lookups.fetch_add(1, Ordering::AcqRel);
+        Ok(Some(self.attr_of(&inode, &data)))
+    }
+
     /// Makes a new inode with a name and counts a reference of the kernel.
     ///
     /// # Errors
@@ -383,7 +406,7 @@ impl Fs {
         let now = self.now();
         data.mtime = now;
         data.ctime = now;
-        data.version = data.version.wrapping_add(1);
+        data.count_change();
         dir.datasync_tid.store(handle.tid(), Ordering::Release);
         self.write_inode(handle, dir, data)
     }
@@ -460,6 +483,7 @@ impl Fs {
                 }
                 data.links += 1;
                 data.ctime = self.now();
+                data.count_change();
                 self.write_inode(&handle, &inode, &data)
             });
         if result.is_ok() {
@@ -556,6 +580,7 @@ impl Fs {
         caller: &Caller,
     ) -> FsResult {
         data.ctime = self.now();
+        data.count_change();
         data.links = if inode.is_dir() {
             0
         } else {
@@ -563,6 +588,7 @@ impl Fs {
         };
         if data.links == 0 {
             self.orphan_add(handle, inode)?;
+            self.orphans.note_unnamed();
         } else {
             let thread = match caller.thread {
                 0 => UNKNOWN_THREAD,

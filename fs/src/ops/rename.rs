@@ -247,6 +247,7 @@ impl Fs {
             }
             self.touch_parents(&handle, names, parents)?;
             source_data.ctime = self.now();
+            source_data.count_change();
             self.write_inode(&handle, source, &source_data)?;
             match (target, &mut target_data) {
                 (Some(target), Some(data)) => self.lose_link(&handle, target, data, caller),
@@ -363,7 +364,9 @@ impl Fs {
                 self.touch_parents(&handle, names, parents)?;
                 let now = self.now();
                 source_data.ctime = now;
+                source_data.count_change();
                 target_data.ctime = now;
+                target_data.count_change();
                 self.write_inode(&handle, source, &source_data)?;
                 self.write_inode(&handle, target, &target_data)
             });

@@ -77,6 +77,7 @@ impl Fs {
         if !caller.keeps_times {
             data.mtime = now;
             data.ctime = now;
+            data.count_change();
         }
         if caller.uid != 0 {
             drop_privileges(&mut data);
@@ -231,6 +232,7 @@ impl Fs {
         if !caller.keeps_times {
             data.mtime = now;
             data.ctime = now;
+            data.count_change();
         }
         if caller.uid != 0 {
             drop_privileges(&mut data);
@@ -352,6 +354,7 @@ impl Fs {
             data.size = new_size;
             data.mtime = now;
             data.ctime = now;
+            data.count_change();
             self.write_inode(&handle, inode, &data)
         })();
         let tid = handle.tid();

@@ -3,6 +3,7 @@
 //!
 //! | module | what it shows |
 //! | --- | --- |
+//! | `admin` | shutdown, discards, what a full file system tells |
 //! | `common` | images, mounts, commands, skipping |
 //! | `cli` | arguments, options, exit codes, signals, the background |
 //! | `matrix` | {ext2, ext3, ext4} x block size x how it was filled, under a storm |
@@ -23,6 +24,7 @@
     reason = "a test ends at the first thing that is not as it should be"
 )]
 
+mod admin;
 mod bad_input;
 mod big;
 mod cli;
