@@ -162,6 +162,7 @@ impl Fs {
             .and_then(|()| {
                 data.size = data.size.max(part.end());
                 self.stamp_write(&mut data, origin, caller);
+                data.count_change();
                 self.write_inode(&handle, inode, &data)
             });
         inode.datasync_tid.store(handle.tid(), Ordering::Release);
