@@ -32,7 +32,7 @@
 //! | `duplicates` | several bios for one |
 //! | `row` | a target with its type erased |
 //! | [`registry`] | targets by name |
-//! | [`linear`], [`zero`], [`error`] | targets |
+//! | [`linear`], [`striped`], [`unstriped`], [`zero`], [`error`] | targets |
 //!
 //! # Locking
 //!
@@ -52,10 +52,12 @@ pub mod linear;
 pub mod mapped;
 pub mod registry;
 mod row;
+pub mod striped;
 pub mod table;
 pub mod target;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
+pub mod unstriped;
 pub mod zero;
 
 pub use args::{Args, CtrError};

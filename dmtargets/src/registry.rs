@@ -26,6 +26,8 @@ impl Registry {
     pub fn standard() -> Self {
         let mut registry = Self::empty();
         registry.register::<crate::linear::Linear>();
+        registry.register::<crate::striped::Striped>();
+        registry.register::<crate::unstriped::Unstriped>();
         registry.register::<crate::zero::Zero>();
         registry.register::<crate::error::Error>();
         registry
