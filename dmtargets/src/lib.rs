@@ -32,7 +32,7 @@
 //! | `duplicates` | several bios for one |
 //! | `row` | a target with its type erased |
 //! | [`registry`] | targets by name |
-//! | [`linear`], [`striped`], [`unstriped`], [`zero`], [`error`] | targets |
+//! | [`linear`], [`striped`], [`unstriped`], [`delay`], [`zero`], [`error`] | targets |
 //!
 //! # Locking
 //!
@@ -45,6 +45,7 @@
 
 pub mod args;
 pub mod concise;
+pub mod delay;
 mod duplicates;
 pub mod error;
 mod flush;

@@ -26,6 +26,7 @@ impl Registry {
     pub fn standard() -> Self {
         let mut registry = Self::empty();
         registry.register::<crate::linear::Linear>();
+        registry.register::<crate::delay::Delay>();
         registry.register::<crate::striped::Striped>();
         registry.register::<crate::unstriped::Unstriped>();
         registry.register::<crate::zero::Zero>();
