@@ -17,13 +17,13 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use base::{Base, bases, named};
+use base::{Base, Role, bases, named};
 use blockstack::DynDevice;
 use blockstack::backend::mem::Image;
 use blockstack::testing::crash::{CrashDisk, Timing};
-use fs::check::{Class, Finding, Report, Scratch, check};
+use fs::check::{Class, Finding, MAX_FINDINGS, Report, Scratch, check};
 use fs::{Fs, MountOptions};
 use oracle::{Oracle, Verdict};
 use sites::{Damage, Sites};
@@ -298,4 +298,53 @@ fn one_damaged_field_is_seen_after_the_replay_of_the_log() {
         oracle.judge_replayed(image)
     });
     totals.tell(&seeds, start);
+}
+
+/// Whatever stands in the blocks of metadata, a check ends, soon, with a report of bounded length.
+#[test]
+fn a_check_of_any_bytes_ends() {
+    let bases = bases();
+    let mut scratch = Scratch::default();
+    let count: u64 = if is_long() { 60_000 } else { 2000 };
+    let mut slowest = (Duration::ZERO, 0);
+    for seed in 0..count {
+        let base = &bases[seed as usize % bases.len()];
+        let mut random = Random(seed.wrapping_mul(0x1_0007));
+        let mut image = base.image.clone();
+        let size = base.geo.block_size as usize;
+        let mut touched = Vec::new();
+        for _ in 0..=random.below(4) {
+            let (block, other) = (any_block(base, &mut random), any_block(base, &mut random));
+            let mut bytes = vec![0; size];
+            if random.one_in(2) {
+                image.read_at(other as usize * size, &mut bytes);
+            } else {
+                bytes.fill_with(|| random.next() as u8);
+                let head = random.below(64) as usize;
+                image.read_at(block as usize * size, &mut bytes[..head]);
+            }
+            image.write_at(block as usize * size, &bytes);
+            touched.push(block);
+        }
+        if random.one_in(2) {
+            base.seal(&mut image, &touched);
+        }
+        let start = Instant::now();
+        let report = check(&image, &mut scratch);
+        slowest = slowest.max((start.elapsed(), seed));
+        assert!(report.findings().len() <= MAX_FINDINGS, "seed {seed}");
+    }
+    println!("the slowest of {count}: {slowest:?} (time, seed)");
+    assert!(slowest.0 < Duration::from_secs(10), "{slowest:?}");
+}
+
+/// A block of metadata that is not the superblock's.
+fn any_block(base: &Base, random: &mut Random) -> u64 {
+    loop {
+        let kind = &base.kinds[random.below(base.kinds.len() as u64) as usize];
+        let (block, role) = kind[random.below(kind.len() as u64) as usize];
+        if role != Role::Super {
+            return block;
+        }
+    }
 }

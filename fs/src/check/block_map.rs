@@ -73,6 +73,7 @@ impl Map<'_, '_> {
             true
         };
         if depth == 0 {
+            let pblk = is_claimed.then_some(pblk);
             self.walk.map(self.state, lblk, pblk, 1);
             return true;
         }

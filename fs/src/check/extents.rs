@@ -67,17 +67,20 @@ impl Walk {
     }
 
     /// Notes that blocks of the file are mapped; of a directory each one, and the holes before it.
-    pub(super) fn map(&mut self, state: &mut State, lblk: u64, pblk: u64, len: u64) {
+    /// What another file has, too, is `None`: no directory is longer than the file system.
+    pub(super) fn map(&mut self, state: &mut State, lblk: u64, pblk: Option<u64>, len: u64) {
         if self.is_dir {
             if lblk > self.end() {
                 let (dir, lblk) = (self.ino, self.end());
                 self.fault(state, Finding::DirectoryHole { dir, lblk });
             }
-            let blocks = (0..len).map(|at| DirBlock {
-                lblk: (lblk + at) as u32,
-                pblk: pblk + at,
-            });
-            state.dir_blocks.extend(blocks);
+            if let Some(pblk) = pblk {
+                let blocks = (0..len).map(|at| DirBlock {
+                    lblk: (lblk + at) as u32,
+                    pblk: pblk + at,
+                });
+                state.dir_blocks.extend(blocks);
+            }
         }
         self.last = Some(lblk + len - 1);
     }
@@ -336,9 +339,10 @@ impl Tree<'_, '_> {
         if self.walk.is_dir && is_unwritten && !self.tell(it, ExtentFault::Unwritten) {
             return false;
         }
-        self.state.claim_range(self.inode.ino, it.pblk, len);
+        let is_claimed = self.state.claim_range(self.inode.ino, it.pblk, len);
         self.walk.blocks += len;
-        self.walk.map(self.state, lblk, it.pblk, len);
+        let pblk = is_claimed.then_some(it.pblk);
+        self.walk.map(self.state, lblk, pblk, len);
         if !self.walk.is_dir && !is_unwritten {
             self.walk.last_written = Some(it_last);
         }

@@ -132,8 +132,6 @@ pub enum XattrFault {
     Twice,
     #[error("a zero byte in the name")]
     Name,
-    #[error("h_hash is wrong")]
-    BlockHash,
 }
 
 /// What can be wrong with a directory entry.
@@ -623,7 +621,7 @@ impl Finding {
 impl XattrFault {
     const fn class(self) -> Class {
         match self {
-            Self::Order | Self::Twice | Self::Name | Self::BlockHash => Class::Unseen,
+            Self::Order | Self::Twice | Self::Name => Class::Unseen,
             Self::NameLen | Self::ValueSize | Self::Hash => Class::Preen,
             Self::Entry | Self::Value | Self::NameIndex | Self::ValueInode => Class::Fault,
         }

@@ -223,7 +223,8 @@ impl State {
         is_new
     }
 
-    fn claim_range(&mut self, ino: u32, pblk: u64, len: u64) {
+    /// As [`Self::claim`], for neighbours; whether none of them had an owner.
+    fn claim_range(&mut self, ino: u32, pblk: u64, len: u64) -> bool {
         let (count, first) = self.used.add_range(pblk, len);
         if count > 0 {
             self.tell(Finding::BlocksTwice {
@@ -232,6 +233,7 @@ impl State {
                 count,
             });
         }
+        count == 0
     }
 }
 
