@@ -1,0 +1,288 @@
+//! What happened when, and what was promised, as the marks of a log tell it; and whether a
+//! recovered file system keeps it.
+//!
+//! The marks of an operation are `B <number> <operation>` before it begins, and when it has ended
+//! `E <number>`, or `X <number> <why>` where it was refused. `start` stands where the state is that
+//! the log of a workload begins with.
+
+use blockstack::log_writes::Entry;
+
+use super::model::{Model, Promised, SECTOR, Snapshot};
+use super::script::Op;
+use super::walk::Found;
+
+const REFUSED: &str = ": refused";
+
+/// Errors of which the model knows nothing; nothing has changed then.
+fn may_fail(error: &str) -> bool {
+    let known = [fs::FsError::NoSpace, fs::FsError::NotSupported];
+    known.iter().any(|known| known.to_string() == error)
+}
+
+/// One operation.
+struct Step {
+    /// Entries of the log before it began.
+    began: usize,
+    /// As in the script.
+    what: String,
+    after: Snapshot,
+}
+
+struct Promise {
+    /// Entries of the log when the call had returned.
+    made: usize,
+    /// The operation that promises.
+    by: usize,
+    promised: Promised,
+}
+
+/// See the module's documentation.
+pub struct History {
+    model: Model,
+    /// The first is the state at the start.
+    steps: Vec<Step>,
+    promises: Vec<Promise>,
+    /// What [`Found::others`] must be; `None` where others change it too.
+    others: Option<u64>,
+}
+
+/// What a state may be, and must be.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Bounds {
+    last: usize,
+    promises: usize,
+}
+
+impl History {
+    /// Reads the marks of a log. `model` is what was there at the start.
+    ///
+    /// # Errors
+    /// A mark that makes no sense, or an operation that ended otherwise than the model says.
+    pub fn new(mut model: Model, entries: &[Entry], others: Option<u64>) -> Result<Self, String> {
+        let mut steps = vec![Step {
+            began: 0,
+            what: "the start".to_owned(),
+            after: model.snapshot(),
+        }];
+        let mut promises = Vec::new();
+        let mut open: Option<(usize, Op, Model)> = None;
+        for (at, entry) in entries.iter().enumerate() {
+            let Some(text) = entry.text() else { continue };
+            let mut words = text.splitn(3, ' ');
+            let kind = words.next().unwrap_or("");
+            let number = words.next().and_then(|word| word.parse::<usize>().ok());
+            let rest = words.next().unwrap_or("");
+            match (kind, number) {
+                ("B", Some(number)) if number == steps.len() => {
+                    let op: Op = rest
+                        .parse()
+                        .map_err(|error| format!("mark {at}: {error}"))?;
+                    let before = model.clone();
+                    let refused = model.apply(&op, number).is_err();
+                    if refused {
+                        model = before.clone();
+                    }
+                    steps.push(Step {
+                        began: at,
+                        what: if refused {
+                            format!("{op}{REFUSED}")
+                        } else {
+                            op.to_string()
+                        },
+                        after: model.snapshot(),
+                    });
+                    open = Some((number, op, before));
+                }
+                ("E" | "X", Some(number)) => {
+                    let Some((_, op, before)) = open.take().filter(|open| open.0 == number) else {
+                        return Err(format!("mark {at}: {text:?} ends what did not begin"));
+                    };
+                    let mut refused = steps[number].what.ends_with(REFUSED);
+                    if kind == "X" && !refused && may_fail(rest) {
+                        model = before;
+                        refused = true;
+                        steps[number].what = format!("{op}{REFUSED}");
+                        steps[number].after = model.snapshot();
+                    }
+                    if refused != (kind == "X") {
+                        let should = if refused { "be refused" } else { "succeed" };
+                        return Err(format!(
+                            "operation {number}, {op}, should {should}: {text:?}"
+                        ));
+                    }
+                    if let Some(promised) = model.promised(&op, number).filter(|_| !refused) {
+                        promises.push(Promise {
+                            made: at,
+                            by: number,
+                            promised,
+                        });
+                    }
+                }
+                ("unmounted", None) => promises.push(Promise {
+                    made: at,
+                    by: steps.len() - 1,
+                    promised: model.all(steps.len() - 1),
+                }),
+                _ => {}
+            }
+        }
+        Ok(Self {
+            model,
+            steps,
+            promises,
+            others,
+        })
+    }
+
+    /// Whether sizes belong to the names' time.
+    #[must_use]
+    pub fn with_sizes(&self) -> bool {
+        self.model.with_sizes
+    }
+
+    /// What a state after the first `at` entries may be.
+    #[must_use]
+    pub fn bounds(&self, at: usize) -> Bounds {
+        Bounds {
+            last: self.steps[1..].partition_point(|step| step.began < at),
+            promises: self.promises.partition_point(|promise| promise.made < at),
+        }
+    }
+
+    /// Whether what was found can be there within `bounds`.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub fn check(&self, found: &Found, bounds: Bounds) -> Result<(), String> {
+        if let Some(stale) = &found.stale {
+            return Err(stale.clone());
+        }
+        if self.others.is_some_and(|others| others != found.others) {
+            return Err("files that the workload does not touch have changed".to_owned());
+        }
+        let last = bounds.last;
+        let kept = &self.promises[..bounds.promises];
+        let strongest = kept.iter().max_by_key(|promise| promise.promised.upto);
+        let first = strongest.map_or(0, |promise| promise.promised.upto);
+        let mut problem = None;
+        for step in (first..=last).rev() {
+            let after = &self.steps[step].after;
+            if after.hash != found.hash || after.lines != found.lines {
+                continue;
+            }
+            match self.check_content(found, step, last, kept) {
+                Ok(()) => return Ok(()),
+                Err(error) => problem = Some(problem.unwrap_or(error)),
+            }
+        }
+        Err(problem.unwrap_or_else(|| self.wrong_names(found, first, last, strongest)))
+    }
+
+    fn wrong_names(
+        &self,
+        found: &Found,
+        first: usize,
+        last: usize,
+        strongest: Option<&Promise>,
+    ) -> String {
+        let same = |step: &Step| step.after.lines == found.lines;
+        let mut text = match self.steps.iter().rposition(same) {
+            Some(step) => format!("the names are those after operation {step}; "),
+            None => "the names are those of no time; ".to_owned(),
+        };
+        match strongest {
+            Some(promise) => {
+                let by = &self.steps[promise.by].what;
+                text += &format!(
+                    "operation {} ({by}) promised those after {first}",
+                    promise.by
+                );
+            }
+            None => text += "nothing was promised",
+        }
+        text += &format!(", {last} at most had begun\n");
+        let differences = |step: &usize| diff(&self.steps[*step].after, found).len();
+        let near = (first..=last).min_by_key(differences).unwrap_or(first);
+        text += &format!(
+            "nearest are those after {near} ({})\n",
+            self.steps[near].what
+        );
+        for line in diff(&self.steps[near].after, found) {
+            text += &line;
+            text.push('\n');
+        }
+        text
+    }
+
+    fn check_content(
+        &self,
+        found: &Found,
+        step: usize,
+        last: usize,
+        kept: &[Promise],
+    ) -> Result<(), String> {
+        let nodes = &self.steps[step].after.nodes;
+        for (index, &id) in nodes.iter().enumerate() {
+            let Some(bytes) = found.contents.get(index).and_then(Option::as_ref) else {
+                continue;
+            };
+            let promised = kept.iter().flat_map(|promise| &promise.promised.files);
+            let oldest = promised
+                .filter(|file| file.0 == id)
+                .map(|file| file.1)
+                .max();
+            let oldest = oldest.unwrap_or(0);
+            let all = &self.model.nodes[id].versions;
+            let begin = all
+                .iter()
+                .rposition(|version| version.op <= oldest)
+                .unwrap_or(0);
+            let end = all.partition_point(|version| version.op <= last);
+            let versions = &all[begin..end.max(begin)];
+            let path = &found.lines[index].path;
+            let size = bytes.len() as u64;
+            if !versions
+                .iter()
+                .any(|it| it.content.size == size || it.end == size)
+            {
+                let sizes: Vec<_> = versions.iter().map(|it| (it.op, it.content.size)).collect();
+                return Err(format!(
+                    "{path:?} has {size} bytes; it may have, as (after operation, bytes), {sizes:?}"
+                ));
+            }
+            for (sector, part) in bytes.chunks(SECTOR).enumerate() {
+                let fits =
+                    |content: &super::model::Content| content.sector(sector)[..part.len()] == *part;
+                if versions.iter().any(|it| fits(&it.content)) {
+                    continue;
+                }
+                let ever = all.iter().rfind(|it| fits(&it.content)).map(|it| it.op);
+                let ops: Vec<_> = versions.iter().map(|version| version.op).collect();
+                return Err(format!(
+                    "{path:?}: sector {sector} of {size} bytes is as after operation {ever:?}, may \
+                     be as after {ops:?}; promised was {oldest}: {:02x?}..",
+                    &part[..part.len().min(16)],
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The operations, each on a line.
+    #[must_use]
+    pub fn script(&self) -> String {
+        let numbered = self.steps.iter().enumerate();
+        numbered
+            .map(|(number, step)| format!("{number:4} {}\n", step.what))
+            .collect()
+    }
+}
+
+fn diff(want: &Snapshot, have: &Found) -> Vec<String> {
+    let missing = want.lines.iter().filter(|line| !have.lines.contains(line));
+    let extra = have.lines.iter().filter(|line| !want.lines.contains(line));
+    missing
+        .map(|line| format!("  - {:?} {}", line.path, line.attrs))
+        .chain(extra.map(|line| format!("  + {:?} {}", line.path, line.attrs)))
+        .collect()
+}
