@@ -39,6 +39,8 @@ process has ended, everything is in IMAGE.
 
 Exit codes: 0 mounted (with -f: unmounted), 1 wrong command line, 32 mount or unmount failed.
 
+Crash states of a file system in IMAGE: fusefs-stack crashtest --help
+
 Example:
   mke2fs -t ext4 disk.img 1G && mkdir -p mnt && fusefs-stack mnt disk.img";
 

@@ -293,7 +293,7 @@ fn no_bytes_make_the_reader_panic() {
         if let Ok(entries) = parse(&bytes) {
             let mut cached = Cached::new(Image::zeroed(SectorCount::new(512)));
             entries.iter().for_each(|entry| cached.apply(entry));
-            drop(cached.outcome(&[Fate::Torn(vec![0..1])]));
+            drop(cached.outcome(&[Fate::Torn(std::iter::once(0..1).collect())]));
         }
     }
 }
@@ -354,4 +354,35 @@ fn xfstests_replays_our_log() {
         let image = replayed(&["--limit", &limit.to_string()]);
         assert_eq!(image, cached.outcome(&[]), "{limit} entries");
     }
+}
+
+/// A log that the kernel wrote, and the disk it left, where `KERNEL_LOG` and `KERNEL_DISK` name
+/// them; the log has the mark `end` among others.
+#[test]
+#[cfg_attr(miri, ignore = "reads files")]
+fn a_log_of_the_kernel_leaves_the_disk_that_the_kernel_left() {
+    let names = ["KERNEL_LOG", "KERNEL_DISK"].map(std::env::var_os);
+    let [Some(log), Some(disk)] = names else {
+        println!("SKIPPED: KERNEL_LOG and KERNEL_DISK name nothing");
+        return;
+    };
+    let entries = super::load(Path::new(&log)).unwrap();
+    let disk = Image::open(disk).unwrap();
+    let mut cached = Cached::new(Image::zeroed(disk.size()));
+    entries.iter().for_each(|entry| cached.apply(entry));
+    assert_eq!(cached.outcome(&[]), disk);
+    assert!(
+        entries
+            .iter()
+            .any(|entry| entry.text().as_deref() == Some("end"))
+    );
+    // And we write it as the kernel did.
+    let dir = tempfile::tempdir().unwrap();
+    let ours = dir.path().join("log");
+    save(&entries, &ours).unwrap();
+    let (ours, kernels) = (std::fs::read(ours).unwrap(), std::fs::read(&log).unwrap());
+    assert!(
+        kernels.starts_with(&ours),
+        "our log of the same has other bytes"
+    );
 }

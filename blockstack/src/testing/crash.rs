@@ -66,7 +66,10 @@ impl CrashPoint {
         let draw = |sectors: usize| match random.below(4) {
             0 => Fate::Lost,
             1 => Fate::Kept,
-            2 => Fate::Torn(vec![0..random.below(sectors as u64 + 1) as usize]),
+            2 => {
+                let kept = 0..random.below(sectors as u64 + 1) as usize;
+                Fate::Torn(std::iter::once(kept).collect())
+            }
             _ => {
                 let kept = (0..sectors).filter(|_| random.below(2) == 0);
                 Fate::Torn(kept.map(|sector| sector..sector + 1).collect())

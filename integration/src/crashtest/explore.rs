@@ -49,10 +49,29 @@ pub struct Explored {
     pub violation: Option<Violation>,
 }
 
-/// As one looks the same for many moments, what was found is kept.
+/// Bytes of what was found that are kept.
+const KEPT: usize = 64 << 20;
+
+/// As one state looks the same at many moments, with other promises, what was found is kept.
+#[derive(Default)]
 struct Seen {
     found: HashMap<u64, Result<Arc<Found>, String>>,
+    bytes: usize,
+    states: HashSet<u64>,
     judged: HashSet<(u64, Bounds)>,
+}
+
+impl Seen {
+    fn keep(&mut self, hash: u64, found: Result<Arc<Found>, String>) {
+        if self.bytes > KEPT {
+            self.found.clear();
+            self.bytes = 0;
+        }
+        if let Ok(found) = &found {
+            self.bytes += found.contents.iter().flatten().map(Vec::len).sum::<usize>();
+        }
+        self.found.insert(hash, found);
+    }
 }
 
 impl Explorer<'_> {
@@ -63,10 +82,7 @@ impl Explorer<'_> {
         mut goes_on: impl FnMut(u64) -> bool,
     ) -> Explored {
         let mut explored = Explored::default();
-        let mut seen = Seen {
-            found: HashMap::new(),
-            judged: HashSet::new(),
-        };
+        let mut seen = Seen::default();
         let mut cursor = Cursor::new(self.origin, self.entries);
         while goes_on(explored.states) {
             let at = cursor.at();
@@ -118,15 +134,18 @@ impl Explorer<'_> {
         if !seen.judged.insert((hash, bounds)) || has_torn_superblock(&image) {
             return;
         }
-        let found = seen.found.entry(hash).or_insert_with(|| {
-            explored.states += 1;
-            let found = self.judge.examine(image, self.history.with_sizes());
-            found.map(Arc::new)
-        });
-        let verdict = match found {
-            Ok(found) => self.history.check(found, bounds),
-            Err(error) => Err(error.clone()),
+        let found = match seen.found.get(&hash) {
+            Some(found) => found.clone(),
+            None => {
+                let is_new = seen.states.insert(hash);
+                explored.states += u64::from(is_new);
+                let sizes = self.history.with_sizes();
+                let found = self.judge.examine(image, sizes, is_new).map(Arc::new);
+                seen.keep(hash, found.clone());
+                found
+            }
         };
+        let verdict = found.and_then(|found| self.history.check(&found, bounds));
         if let Err(what) = verdict {
             explored.violation = Some(Violation { state, what });
         }

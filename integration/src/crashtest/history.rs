@@ -2,8 +2,9 @@
 //! recovered file system keeps it.
 //!
 //! The marks of an operation are `B <number> <operation>` before it begins, and when it has ended
-//! `E <number>`, or `X <number> <why>` where it was refused. `start` stands where the state is that
-//! the log of a workload begins with.
+//! `E <number>`, or `X <number> <why>` where it was refused; `unmounted` stands at the end. A log
+//! that says `page cache` comes from a real mount, whose writes have no order among each other; one
+//! that says `unknown` from a program of which nobody knows what it does.
 
 use blockstack::log_writes::Entry;
 
@@ -42,9 +43,16 @@ pub struct History {
     /// The first is the state at the start.
     steps: Vec<Step>,
     promises: Vec<Promise>,
-    /// What [`Found::others`] must be; `None` where others change it too.
-    others: Option<u64>,
+    /// What [`Found::others`] must be.
+    others: u64,
+    /// Whether anybody knows what names there should be.
+    is_known: bool,
 }
+
+/// See the module's documentation.
+pub const PAGE_CACHE: &str = "page cache";
+/// See the module's documentation.
+pub const UNKNOWN: &str = "unknown";
 
 /// What a state may be, and must be.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -58,7 +66,14 @@ impl History {
     ///
     /// # Errors
     /// A mark that makes no sense, or an operation that ended otherwise than the model says.
-    pub fn new(mut model: Model, entries: &[Entry], others: Option<u64>) -> Result<Self, String> {
+    pub fn new(mut model: Model, entries: &[Entry], others: u64) -> Result<Self, String> {
+        let says = |word| {
+            entries
+                .iter()
+                .any(|entry| entry.text().as_deref() == Some(word))
+        };
+        let is_known = !says(UNKNOWN);
+        model.with_sizes = !says(PAGE_CACHE);
         let mut steps = vec![Step {
             began: 0,
             what: "the start".to_owned(),
@@ -73,6 +88,7 @@ impl History {
             let number = words.next().and_then(|word| word.parse::<usize>().ok());
             let rest = words.next().unwrap_or("");
             match (kind, number) {
+                _ if !is_known => {}
                 ("B", Some(number)) if number == steps.len() => {
                     let op: Op = rest
                         .parse()
@@ -131,6 +147,7 @@ impl History {
             steps,
             promises,
             others,
+            is_known,
         })
     }
 
@@ -157,7 +174,10 @@ impl History {
         if let Some(stale) = &found.stale {
             return Err(stale.clone());
         }
-        if self.others.is_some_and(|others| others != found.others) {
+        if !self.is_known {
+            return Ok(());
+        }
+        if self.others != found.others {
             return Err("files that the workload does not touch have changed".to_owned());
         }
         let last = bounds.last;

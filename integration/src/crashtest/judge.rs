@@ -43,13 +43,13 @@ impl Judge {
         (count(&self.states), count(&self.fscked))
     }
 
-    /// Mounts, replays, walks, unmounts.
+    /// Mounts, replays, walks, unmounts; counts the state where it is new.
     ///
     /// # Errors
     /// What is wrong with the file system, in words.
-    pub fn examine(&self, image: Image, with_sizes: bool) -> Result<Found, String> {
-        let number = self.states.fetch_add(1, Ordering::Relaxed);
-        let fsck = self.e2fsck_every > 0 && number % self.e2fsck_every == 0;
+    pub fn examine(&self, image: Image, with_sizes: bool, is_new: bool) -> Result<Found, String> {
+        let number = self.states.fetch_add(is_new.into(), Ordering::Relaxed);
+        let fsck = is_new && self.e2fsck_every > 0 && number % self.e2fsck_every == 0;
         self.look(image, with_sizes, fsck)
     }
 

@@ -101,7 +101,7 @@ impl Kit {
     /// # Errors
     /// Where an operation did what it should not.
     pub fn history(&self, entries: &[Entry]) -> Result<History, String> {
-        History::new(self.model.clone(), entries, Some(self.others))
+        History::new(self.model.clone(), entries, self.others)
     }
 
     /// Whether all of the image could be read so far.

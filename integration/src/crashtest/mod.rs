@@ -3,10 +3,12 @@
 //!
 //! | module | what it holds |
 //! | --- | --- |
+//! | [`command`] | the command `crashtest` |
 //! | [`run`] | many workloads on several threads |
 //! | [`workload`] | the built-in ones |
 //! | [`script`] | their language |
-//! | [`exec`] | runs a script, recorded |
+//! | [`exec`] | runs a script in this process, recorded |
+//! | [`mounted`] | runs a script or a command on a real mount, recorded |
 //! | [`model`], [`history`] | what must be there, what may be |
 //! | [`states`] | what a power cut can leave of a log |
 //! | [`judge`], [`walk`] | mounts a state and looks at all of it |
@@ -20,6 +22,7 @@
 //!
 //! File systems without a journal: until e2fsck has seen them, a power cut may leave anything.
 
+pub mod command;
 pub mod disk;
 pub mod exec;
 pub mod explore;
@@ -27,6 +30,7 @@ pub mod history;
 pub mod judge;
 pub mod kit;
 pub mod model;
+pub mod mounted;
 pub mod random;
 pub mod run;
 pub mod script;
@@ -77,6 +81,25 @@ pub enum Error {
         path: PathBuf,
         /// Why.
         source: blockstack::log_writes::LogError,
+    },
+    /// The mount did not come up, or did not end well.
+    #[error("mount: {0}")]
+    Fuse(#[source] std::io::Error),
+    /// The command did not run, or failed.
+    #[error("command {command:?}: {why}")]
+    Command {
+        /// As given.
+        command: String,
+        /// What became of it.
+        why: String,
+    },
+    /// A script cannot be read.
+    #[error("script {path:?}: {why}")]
+    Script {
+        /// As given.
+        path: PathBuf,
+        /// Why.
+        why: String,
     },
     /// A log, but no find.
     #[error("{path:?} is no find of crashtest")]

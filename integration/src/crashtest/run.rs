@@ -1,7 +1,7 @@
 //! Many workloads on several threads.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use blockstack::log_writes::Entry;
@@ -28,8 +28,13 @@ pub enum Plan {
     Storm,
     /// `b3` and storms by turns.
     All,
-    /// This one.
-    One(Workload),
+    /// The log of this one.
+    Recorded {
+        /// For messages.
+        name: String,
+        /// What was recorded, on the kit's image.
+        entries: Arc<Vec<Entry>>,
+    },
 }
 
 /// How to run it.
@@ -107,8 +112,15 @@ pub struct Progress {
     pub finds: usize,
 }
 
+enum Work {
+    Script(Workload),
+    Recorded(String, Arc<Vec<Entry>>),
+}
+
 struct Job {
-    workload: Workload,
+    work: Work,
+    /// Which part of its entries, of how many.
+    part: (usize, usize),
     /// States at most.
     budget: u64,
     /// Variants drawn at each entry.
@@ -121,7 +133,8 @@ type Jobs = Box<dyn Iterator<Item = Job> + Send>;
 fn jobs(kit: &Kit, config: &Config) -> Jobs {
     let seed = config.seed;
     let small = move |(index, workload): (usize, Workload)| Job {
-        workload,
+        work: Work::Script(workload),
+        part: (0, 1),
         budget: u64::MAX,
         variants: 10,
         seed: seed.wrapping_add(index as u64),
@@ -139,7 +152,8 @@ fn jobs(kit: &Kit, config: &Config) -> Jobs {
     let storms = (0u64..).map(move |index| {
         let seed = seed.wrapping_add(index.wrapping_mul(0x1_0001));
         Job {
-            workload: workload::storm(&start, seed, STORM_OPS),
+            work: Work::Script(workload::storm(&start, seed, STORM_OPS, has_extents)),
+            part: (0, 1),
             budget: 3000,
             variants: 12,
             seed,
@@ -151,12 +165,21 @@ fn jobs(kit: &Kit, config: &Config) -> Jobs {
         Plan::B3One => Box::new(one.filter(is_possible).enumerate().map(small)),
         Plan::B3 => Box::new(one.chain(two).filter(is_possible).enumerate().map(small)),
         Plan::Storm => Box::new(storms),
-        Plan::One(workload) => Box::new(std::iter::once(Job {
-            workload: workload.clone(),
-            budget: config.states,
-            variants: 64,
-            seed,
-        })),
+        Plan::Recorded { name, entries } => {
+            // Each thread takes its part of the entries.
+            let parts = config.threads.max(1);
+            let (name, entries) = (name.clone(), entries.clone());
+            let per_entry = config.states / (entries.len() as u64).max(1);
+            let variants = per_entry.clamp(8, 400) as usize;
+            let budget = config.states / parts as u64 + 1;
+            Box::new((0..parts).map(move |part| Job {
+                work: Work::Recorded(name.clone(), entries.clone()),
+                part: (part, parts),
+                budget,
+                variants,
+                seed,
+            }))
+        }
         Plan::All => {
             let mut b3 = one.chain(two).filter(is_possible).enumerate().map(small);
             let mut storms = storms;
@@ -253,7 +276,9 @@ impl Shared<'_> {
                 .unwrap_or_else(PoisonError::into_inner)
                 .next();
             let Some(job) = job else { return };
-            self.workloads.fetch_add(1, Ordering::Relaxed);
+            // The parts of one are one.
+            self.workloads
+                .fetch_add((job.part.0 == 0).into(), Ordering::Relaxed);
             if let Err(error) = self.one(&job) {
                 self.stop.store(true, Ordering::Relaxed);
                 let mut first = self.error.lock().unwrap_or_else(PoisonError::into_inner);
@@ -265,10 +290,15 @@ impl Shared<'_> {
     fn one(&self, job: &Job) -> Result<(), Error> {
         let mut options = mount_options();
         options.barrier = self.config.barrier;
-        let entries = self.kit.record(&job.workload.ops, options)?;
+        let (name, entries) = match &job.work {
+            Work::Script(workload) => {
+                let entries = self.kit.record(&workload.ops, options)?;
+                (&workload.name, Arc::new(entries))
+            }
+            Work::Recorded(name, entries) => (name, entries.clone()),
+        };
         let history = self.kit.history(&entries);
-        let history =
-            history.map_err(|what| Error::Start(format!("{}: {what}", job.workload.name)))?;
+        let history = history.map_err(|what| Error::Start(format!("{name}: {what}")))?;
         let explorer = Explorer {
             origin: &self.kit.origin,
             entries: &entries,
@@ -279,24 +309,25 @@ impl Shared<'_> {
         };
         // A long log is looked at here and there.
         let per_entry = job.variants as u64 + 1;
-        let stride = (entries.len() as u64 * per_entry / job.budget.max(1)).max(1);
+        let mine = entries.len() as u64 / job.part.1 as u64;
+        let stride = (mine * per_entry / job.budget.max(1)).max(1);
         let mut random = super::random::Random::new(job.seed, 4);
         let explored = explorer.run(
-            |_| random.below(stride) == 0,
+            |at| at % job.part.1 == job.part.0 && random.below(stride) == 0,
             |states| states < job.budget && !self.is_over(),
         );
         let find = explored.violation.map(|violation| Find {
-            name: job.workload.name.clone(),
+            name: name.clone(),
             script: history.script(),
             violation: explorer.shrink(&violation),
-            entries: Vec::new(),
+            entries: entries.to_vec(),
         });
         let mut summary = self.summary.lock().unwrap_or_else(PoisonError::into_inner);
         summary.states += explored.states;
         summary.drawn += explored.drawn;
         summary.entries += entries.len() as u64;
         if let Some(find) = find {
-            summary.finds.push(Find { entries, ..find });
+            summary.finds.push(find);
             self.finds.fetch_add(1, Ordering::Relaxed);
             if summary.finds.len() >= self.config.max_finds {
                 self.stop.store(true, Ordering::Relaxed);

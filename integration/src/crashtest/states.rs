@@ -1,5 +1,7 @@
 //! Crash states: what a power cut after a part of a log can leave.
 
+use std::ops::Range;
+
 use blockstack::backend::mem::Image;
 use blockstack::log_writes::{Cached, Entry, Fate, LogFlags};
 
@@ -177,8 +179,16 @@ fn draw(sectors: usize, random: &mut Random) -> Fate {
         3..6 => Fate::Lost,
         6 => Fate::Torn(std::iter::once(0..random.index(sectors / unit + 1) * unit).collect()),
         _ => {
-            let units = (0..sectors).step_by(unit).filter(|_| random.below(2) == 0);
-            Fate::Torn(units.map(|from| from..(from + unit).min(sectors)).collect())
+            let mut kept: Vec<Range<usize>> = Vec::new();
+            for from in (0..sectors).step_by(unit) {
+                let to = (from + unit).min(sectors);
+                match kept.last_mut() {
+                    _ if random.below(2) == 0 => {}
+                    Some(last) if last.end == from => last.end = to,
+                    _ => kept.push(from..to),
+                }
+            }
+            Fate::Torn(kept)
         }
     }
 }

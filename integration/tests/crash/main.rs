@@ -2,6 +2,8 @@
 //! planted that must be found.
 #![expect(clippy::unwrap_used, reason = "a test ends with a panic")]
 
+mod command;
+
 use std::path::PathBuf;
 use std::process::Command;
 
