@@ -306,3 +306,177 @@ fn diff(want: &Snapshot, have: &Found) -> Vec<String> {
         .chain(extra.map(|line| format!("  + {:?} {}", line.path, line.attrs)))
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use blockstack::log_writes::Entry;
+
+    use super::{Bounds, Found, History, PAGE_CACHE, UNKNOWN};
+    use crate::crashtest::model::{Kind, Model, Node};
+    use crate::crashtest::script::{Op, parse};
+
+    fn start() -> Model {
+        let entries = BTreeMap::new();
+        let kind = Kind::Dir { parent: 0, entries };
+        Model {
+            nodes: vec![Node::new(kind, 0o755, 2, 0)],
+            with_sizes: true,
+        }
+    }
+
+    /// Marks of a script whose operations all succeed.
+    fn marks(script: &str) -> Vec<Entry> {
+        let ops = parse(script).unwrap();
+        let marks = ops.iter().enumerate().flat_map(|(index, op)| {
+            let number = index + 1;
+            [format!("B {number} {op}"), format!("E {number}")]
+        });
+        marks.map(|mark| Entry::mark(&mark)).collect()
+    }
+
+    /// What is there after some operations.
+    fn after(script: &str, with_sizes: bool) -> Found {
+        let mut model = start();
+        model.with_sizes = with_sizes;
+        for (index, op) in parse(script).unwrap().iter().enumerate() {
+            model.apply(op, index + 1).unwrap();
+        }
+        let snapshot = model.snapshot();
+        let content = |id: &usize| {
+            let node = &model.nodes[*id];
+            let bytes = (0..node.content.size.div_ceil(512))
+                .flat_map(|sector| *node.content.sector(sector as usize));
+            let bytes = bytes.take(node.content.size as usize).collect();
+            matches!(node.kind, Kind::File).then_some(bytes)
+        };
+        Found {
+            contents: snapshot.nodes.iter().map(content).collect(),
+            hash: snapshot.hash,
+            names: snapshot.lines.len(),
+            lines: snapshot.lines,
+            others: 7,
+            stale: None,
+        }
+    }
+
+    fn check(script: &str, found: &Found) -> Result<(), String> {
+        let entries = marks(script);
+        let history = History::new(start(), &entries, 7).unwrap();
+        history.check(found, history.bounds(entries.len()))
+    }
+
+    #[test]
+    fn a_state_may_be_as_new_as_promised_or_newer() {
+        let script = "create f\nfsync f\ncreate g\nrename g h";
+        for (upto, may_be) in [(0, false), (1, true), (2, true), (3, true), (4, true)] {
+            let part: Vec<&str> = script.lines().take(upto).collect();
+            let found = after(&part.join("\n"), true);
+            assert_eq!(check(script, &found).is_ok(), may_be, "after {upto}");
+        }
+        let early = marks(script);
+        let history = History::new(start(), &early, 7).unwrap();
+        let before_fsync = history.bounds(3);
+        let begun = Bounds {
+            last: 1,
+            promises: 0,
+        };
+        assert_eq!(before_fsync, Bounds { last: 2, ..begun });
+        assert!(history.check(&after("", true), before_fsync).is_ok());
+        let error = history.check(&after("create f\nsync\ncreate g", true), before_fsync);
+        assert!(error.unwrap_err().contains("those after operation 3"));
+    }
+
+    #[test]
+    fn a_rename_over_a_file_is_there_or_not() {
+        let script = "create f\nwrite f 0 600\ncreate g\nwrite g 0 900\nsync\nrename g f";
+        assert!(check(script, &after(script, true)).is_ok());
+        let mut both = after(script, true);
+        both.lines.pop();
+        both.contents.pop();
+        both.hash = crate::crashtest::model::hash_of(&both.lines);
+        assert!(
+            check(script, &both)
+                .unwrap_err()
+                .contains("those of no time")
+        );
+    }
+
+    #[test]
+    fn what_was_synced_stays_and_what_was_never_written_does_not_show() {
+        let script = "create f\nwrite f 0 2000\nfsync f\nwrite f 0 2000";
+        let old = after("create f\nwrite f 0 2000", true);
+        let new = after(script, true);
+        let file = |found: &Found| found.contents[1].clone().unwrap();
+        let with = |bytes: Vec<u8>| {
+            let mut found = after(script, true);
+            found.contents[1] = Some(bytes);
+            found
+        };
+        assert!(check(script, &old).is_ok() && check(script, &new).is_ok());
+        // Sectors of either.
+        let mixed = [&file(&old)[..512], &file(&new)[512..]].concat();
+        assert!(check(script, &with(mixed)).is_ok());
+        // Neither: within a sector, zeros, or something else.
+        let torn = [&file(&old)[..100], &file(&new)[100..]].concat();
+        assert!(check(script, &with(torn)).unwrap_err().contains("sector 0"));
+        let zeros = check(script, &with(vec![0; 2000])).unwrap_err();
+        assert!(zeros.contains("as after operation Some(1)"), "{zeros}");
+        assert!(
+            check(script, &with(vec![9; 2000]))
+                .unwrap_err()
+                .contains("operation None")
+        );
+        let mut stale = after(script, true);
+        stale.stale = Some("stale".to_owned());
+        assert_eq!(check(script, &stale).unwrap_err(), "stale");
+        let mut others = after(script, true);
+        others.others = 8;
+        assert!(
+            check(script, &others)
+                .unwrap_err()
+                .contains("does not touch")
+        );
+    }
+
+    #[test]
+    fn writes_of_the_page_cache_have_no_order() {
+        let script = "create f\nwrite f 0 600\nwrite f 600 900\nsync";
+        let mut entries = marks(script);
+        entries.insert(0, Entry::mark(PAGE_CACHE));
+        let history = History::new(start(), &entries, 7).unwrap();
+        let begun = history.bounds(entries.len() - 1);
+        assert_eq!(begun.promises, 0);
+        assert!(history.check(&after("create f", false), begun).is_ok());
+        assert!(history.check(&after(script, false), begun).is_ok());
+        let all = history.bounds(entries.len());
+        assert!(history.check(&after("create f", false), all).is_err());
+    }
+
+    #[test]
+    fn of_a_command_only_what_was_never_written_is_judged() {
+        let entries = [Entry::mark(UNKNOWN), Entry::mark("B 1 no operation")];
+        let history = History::new(start(), &entries, 7).unwrap();
+        let bounds = history.bounds(2);
+        assert!(history.check(&after("mkdir any", true), bounds).is_ok());
+        let mut stale = after("", true);
+        stale.stale = Some("stale".to_owned());
+        assert!(history.check(&stale, bounds).is_err());
+    }
+
+    #[test]
+    fn an_operation_must_end_as_the_model_says() {
+        let log = |marks: &[&str]| {
+            let entries: Vec<_> = marks.iter().map(|mark| Entry::mark(mark)).collect();
+            History::new(start(), &entries, 7).map(|history| history.script())
+        };
+        assert!(log(&["B 1 unlink f", "E 1"]).is_err());
+        assert!(log(&["B 1 create f", "X 1 file exists"]).is_err());
+        assert!(log(&["B 1 unlink f", "X 1 no such file"]).is_ok());
+        let full = log(&["B 1 create f", "X 1 no space left on device"]).unwrap();
+        assert!(full.contains("create f: refused"));
+        assert!(log(&["E 1"]).is_err());
+        assert!("jump".parse::<Op>().is_err() && log(&["B 1 jump"]).is_err());
+    }
+}
