@@ -392,15 +392,14 @@ mod tests {
     fn a_rename_over_a_file_is_there_or_not() {
         let script = "create f\nwrite f 0 600\ncreate g\nwrite g 0 900\nsync\nrename g f";
         assert!(check(script, &after(script, true)).is_ok());
-        let mut both = after(script, true);
-        both.lines.pop();
-        both.contents.pop();
-        both.hash = crate::crashtest::model::hash_of(&both.lines);
-        assert!(
-            check(script, &both)
-                .unwrap_err()
-                .contains("those of no time")
-        );
+        let before = script.trim_end_matches("\nrename g f");
+        assert!(check(script, &after(before, true)).is_ok());
+        let neither = format!("{before}\nunlink f\nunlink g");
+        let both = format!("{before}\nunlink f\nlink g f");
+        for wrong in [neither, both] {
+            let error = check(script, &after(&wrong, true)).unwrap_err();
+            assert!(error.contains("promised those after 5"), "{error}");
+        }
     }
 
     #[test]
