@@ -6,11 +6,13 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use clap::error::ErrorKind;
 use clap::{ArgGroup, Parser, ValueEnum};
 use fs::MountOptions;
+use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::exec::mount_options;
 use super::explore::{Explorer, Violation};
@@ -28,6 +30,7 @@ const CLEAN: u8 = 0;
 const USAGE: u8 = 1;
 const VIOLATION: u8 = 2;
 const FAILED: u8 = 32;
+const INTERRUPTED: u8 = 130;
 
 const HELP: &str = "\
 The image is only read; everything happens on a copy in memory that costs by what is changed. A
@@ -59,7 +62,10 @@ A state that may not be is made as small as it can be and written to a file: a l
 the kernel's dm-log-writes, whose last mark names the state. --replay shows it again; the log also
 replays with replay-log of xfstests.
 
-Exit codes: 0 no violation, 1 wrong command line, 2 violation found, 32 could not be run.
+SIGINT or SIGTERM ends a run early; it still says what it has seen.
+
+Exit codes: 0 no violation, 1 wrong command line, 2 violation found, 32 could not be run, 130 ended
+early.
 
 Examples:
   mke2fs -t ext4 disk.img 64M && fusefs-stack crashtest disk.img
@@ -245,7 +251,14 @@ fn search(args: &Args) -> Result<u8, Error> {
         e2fsck_every: e2fsck_every(args),
         max_finds: 1,
         barrier: !args.no_barrier,
+        stop: Arc::default(),
     };
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        for flag in [&config.stop, &interrupted] {
+            signal_hook::flag::register(signal, flag.clone()).map_err(Error::Signal)?;
+        }
+    }
     let mut bar = Bar::new(args.states);
     let summary = run(&kit, &config, |progress| bar.show(progress))?;
     bar.clear();
@@ -259,7 +272,13 @@ fn search(args: &Args) -> Result<u8, Error> {
         words(&summary, args)
     };
     print(&text);
-    Ok(if find.is_some() { VIOLATION } else { CLEAN })
+    Ok(if find.is_some() {
+        VIOLATION
+    } else if interrupted.load(Ordering::Relaxed) {
+        INTERRUPTED
+    } else {
+        CLEAN
+    })
 }
 
 fn replay(args: &Args, find: &Path) -> Result<u8, Error> {

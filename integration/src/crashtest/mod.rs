@@ -71,6 +71,9 @@ pub enum Error {
     /// Something is wrong before anything was done to it.
     #[error("the image before the test: {0}")]
     Start(String),
+    /// Signals cannot be heard of.
+    #[error("signals")]
+    Signal(#[source] std::io::Error),
     /// No place for images that e2fsck is to see.
     #[error("no directory for images")]
     Scratch(#[source] std::io::Error),

@@ -54,6 +54,8 @@ pub struct Config {
     pub max_finds: usize,
     /// Commits flush the disk; `false` is a planted fault.
     pub barrier: bool,
+    /// Ends the run early, once somebody sets it.
+    pub stop: Arc<AtomicBool>,
 }
 
 impl Default for Config {
@@ -66,6 +68,7 @@ impl Default for Config {
             e2fsck_every: 200,
             max_finds: 1,
             barrier: true,
+            stop: Arc::default(),
         }
     }
 }
@@ -204,7 +207,6 @@ struct Shared<'a> {
     workloads: AtomicU64,
     finds: AtomicU64,
     error: Mutex<Option<Error>>,
-    stop: AtomicBool,
 }
 
 /// Runs; `tell` hears of the progress a few times a second.
@@ -223,7 +225,6 @@ pub fn run(kit: &Kit, config: &Config, mut tell: impl FnMut(Progress)) -> Result
         workloads: AtomicU64::new(0),
         finds: AtomicU64::new(0),
         error: Mutex::new(None),
-        stop: AtomicBool::new(false),
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..config.threads.max(1))
@@ -265,7 +266,7 @@ impl Shared<'_> {
     }
 
     fn is_over(&self) -> bool {
-        self.stop.load(Ordering::Relaxed) || self.judge.counts().0 >= self.config.states
+        self.config.stop.load(Ordering::Relaxed) || self.judge.counts().0 >= self.config.states
     }
 
     fn work(&self) {
@@ -280,7 +281,7 @@ impl Shared<'_> {
             self.workloads
                 .fetch_add((job.part.0 == 0).into(), Ordering::Relaxed);
             if let Err(error) = self.one(&job) {
-                self.stop.store(true, Ordering::Relaxed);
+                self.config.stop.store(true, Ordering::Relaxed);
                 let mut first = self.error.lock().unwrap_or_else(PoisonError::into_inner);
                 first.get_or_insert(error);
             }
@@ -330,7 +331,7 @@ impl Shared<'_> {
             summary.finds.push(find);
             self.finds.fetch_add(1, Ordering::Relaxed);
             if summary.finds.len() >= self.config.max_finds {
-                self.stop.store(true, Ordering::Relaxed);
+                self.config.stop.store(true, Ordering::Relaxed);
             }
         }
         Ok(())

@@ -77,6 +77,35 @@ fn the_exit_code_tells_what_came_of_it() {
 }
 
 #[test]
+fn a_signal_ends_a_run_that_says_what_it_has_seen() {
+    let image = image();
+    let mut command = Command::new(PROGRAM);
+    command.args(["crashtest", "--states", "100000000", "--json"]);
+    command
+        .arg(&image.path)
+        .stdout(std::process::Stdio::piped());
+    let child = command.spawn().unwrap();
+    // It hears of signals once it reads the image as a whole; one too early kills it.
+    let pid = rustix::process::Pid::from_child(&child);
+    let status = format!("/proc/{}/status", child.id());
+    for _ in 0..1000 {
+        let text = std::fs::read_to_string(&status).unwrap();
+        let caught = text
+            .lines()
+            .find_map(|line| line.strip_prefix("SigCgt:"))
+            .unwrap();
+        // SIGTERM is 15.
+        if u64::from_str_radix(caught.trim(), 16).unwrap() & (1 << 14) != 0 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let out = child.wait_with_output().unwrap();
+    expect(&out, 130, &["{\"states\":", "\"finds\":[]}"]);
+}
+
+#[test]
 fn a_find_is_written_and_shown_again() {
     let image = image();
     let found = crashtest(&image, &["--no-barrier", "--find", "it", "--threads", "1"]);
