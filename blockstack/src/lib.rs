@@ -32,6 +32,7 @@
 //! | [`lane`] | what keeps processors out of each other's cache lines |
 //! | [`device`] | the trait, limits, counters |
 //! | [`backend`] | the bottom of a stack |
+//! | [`log_writes`] | a record of all writes, and what a power cut leaves of it |
 //!
 //! With the feature `test-utils`, `testing` holds devices that fail, lose power, or tell what they
 //! see.
@@ -48,7 +49,9 @@ pub mod buf;
 pub mod device;
 pub mod direct_io;
 pub mod error;
+mod forward;
 pub mod lane;
+pub mod log_writes;
 pub mod plug;
 pub mod sched;
 pub mod submit;

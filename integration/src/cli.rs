@@ -42,7 +42,8 @@ process has ended, everything is in IMAGE.
 
 Exit codes: 0 mounted (with -f: unmounted), 1 wrong command line, 32 mount or unmount failed.
 
-fusefs-stack check IMAGE looks for faults and changes nothing; see fusefs-stack check --help.
+fusefs-stack check IMAGE looks for faults and changes nothing (fusefs-stack check --help).
+fusefs-stack crashtest IMAGE tries what power cuts leave (fusefs-stack crashtest --help).
 
 Example:
   mke2fs -t ext4 disk.img 1G && mkdir -p mnt && fusefs-stack mnt disk.img";

@@ -1,4 +1,5 @@
-//! The program `fusefs-stack`: mounts an ext2, ext3 or ext4 image through FUSE.
+//! The program `fusefs-stack`: mounts an ext2, ext3 or ext4 image through FUSE. `crashtest` stands in
+//! the library.
 //!
 //! | module | what it holds |
 //! | --- | --- |
@@ -28,6 +29,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
+use fusefs_stack::crashtest::command as crashtest;
 
 use cli::{Args, Plan};
 
@@ -46,6 +48,10 @@ fn main() -> ExitCode {
     }
     if check::is_asked_for(&words) {
         return check::run(&words[1..]);
+    }
+    if crashtest::is_meant(&words) {
+        messages::start_quiet();
+        return crashtest::main(&words[1..]);
     }
     let args = match Args::try_parse() {
         Ok(args) => args,

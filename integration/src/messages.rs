@@ -42,6 +42,11 @@ pub fn start(debug: bool) {
         .init();
 }
 
+/// Starts the log for those who mount what is broken on purpose: nothing is told unless asked for.
+pub fn start_quiet() {
+    Builder::from_env(Env::default().default_filter_or("off")).init();
+}
+
 /// Lets go of what was held back: the mount answers.
 pub fn release() {
     let held = HELD

@@ -2,22 +2,154 @@
 
 use std::fmt;
 use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::units::{SECTOR_SIZE, SectorCount};
 
 /// Bytes that copies share until one of them changes.
+const PAGE: usize = 4096;
+/// Slots of a node.
+const FAN_SHIFT: u32 = 6;
+const FAN: usize = 1 << FAN_SHIFT;
+/// Bytes of a file that are read at a time.
 const CHUNK: usize = 64 << 10;
 
-/// The bytes of a disk. A clone costs a pointer for every 64 KiB; what was never written, or
-/// zeroed as a whole, costs nothing.
+/// What an image shows where nothing was written to it.
+pub trait Backing: Send + Sync {
+    /// Fills `out` with the bytes from `at` on.
+    fn read_at(&self, at: u64, out: &mut [u8]);
+}
+
+/// A file that is read when its content is asked for.
+pub struct FileBacking {
+    file: File,
+    failed: AtomicBool,
+}
+
+impl FileBacking {
+    /// Opens a file to be read.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let failed = AtomicBool::new(false);
+        Ok(Self { file, failed })
+    }
+
+    /// Its size, cut to whole sectors; of a block device too.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn size(&self) -> io::Result<SectorCount> {
+        let end = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::End(0))?;
+        Ok(SectorCount::new(end / SECTOR_SIZE as u64))
+    }
+
+    /// Whether a read failed since it was opened; what was asked for then read as zeros.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+}
+
+impl Backing for FileBacking {
+    fn read_at(&self, at: u64, out: &mut [u8]) {
+        if let Err(error) = self.file.read_exact_at(out, at) {
+            if !self.failed.swap(true, Ordering::AcqRel) {
+                log::error!("reading what stands below an image, at byte {at}: {error}");
+            }
+            out.fill(0);
+        }
+    }
+}
+
+struct Page {
+    bytes: [u8; PAGE],
+    /// Of the bytes, once somebody has asked.
+    sum: OnceLock<u64>,
+}
+
+impl Page {
+    fn new(bytes: [u8; PAGE]) -> Self {
+        let sum = OnceLock::new();
+        Self { bytes, sum }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8; PAGE] {
+        self.sum = OnceLock::new();
+        &mut self.bytes
+    }
+
+    fn sum(&self) -> u64 {
+        *self.sum.get_or_init(|| {
+            let mut hasher = DefaultHasher::new();
+            hasher.write(&self.bytes);
+            hasher.finish()
+        })
+    }
+}
+
+impl Clone for Page {
+    fn clone(&self) -> Self {
+        Self::new(self.bytes)
+    }
+}
+
+/// What stands in a part of the disk.
+#[derive(Clone)]
+enum Slot {
+    /// What the backing has; zeros where there is none.
+    Base,
+    Zero,
+    Page(Arc<Page>),
+    Node(Arc<Node>),
+}
+
+#[derive(Clone)]
+struct Node {
+    slots: [Slot; FAN],
+}
+
+impl Slot {
+    /// The node in this slot, made of what was there as a whole where it was none.
+    fn node_mut(&mut self) -> Option<&mut Node> {
+        if matches!(self, Self::Base | Self::Zero) {
+            let whole = self.clone();
+            let slots = std::array::from_fn(|_| whole.clone());
+            *self = Self::Node(Arc::new(Node { slots }));
+        }
+        match self {
+            Self::Node(node) => Some(Arc::make_mut(node)),
+            _ => None,
+        }
+    }
+
+    fn same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Base, Self::Base) | (Self::Zero, Self::Zero) => true,
+            (Self::Page(a), Self::Page(b)) => Arc::ptr_eq(a, b) || a.bytes == b.bytes,
+            (Self::Node(a), Self::Node(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+}
+
+/// The bytes of a disk: a tree of pages that copies share. A copy costs a pointer, a change the
+/// path to the page; what was never written, or zeroed as a whole, costs nothing.
 #[derive(Clone)]
 pub struct Image {
-    chunks: Vec<Option<Arc<[u8; CHUNK]>>>,
+    root: Slot,
+    /// Nodes between the root and a page.
+    levels: u32,
     len: usize,
+    backing: Option<Arc<dyn Backing>>,
 }
 
 impl Image {
@@ -25,9 +157,26 @@ impl Image {
     #[must_use]
     pub fn zeroed(size: SectorCount) -> Self {
         let len = (size.raw() as usize) * SECTOR_SIZE;
+        let pages = len.div_ceil(PAGE);
+        let mut levels = 0;
+        while pages > 1 << (levels * FAN_SHIFT) {
+            levels += 1;
+        }
         Self {
-            chunks: vec![None; len.div_ceil(CHUNK)],
+            root: Slot::Base,
+            levels,
             len,
+            backing: None,
+        }
+    }
+
+    /// What `backing` has, until it is written to; the backing itself never changes.
+    #[must_use]
+    pub fn over(size: SectorCount, backing: Arc<dyn Backing>) -> Self {
+        let backing = Some(backing);
+        Self {
+            backing,
+            ..Self::zeroed(size)
         }
     }
 
@@ -36,9 +185,9 @@ impl Image {
     pub fn from_bytes(bytes: &[u8]) -> Self {
         let sectors = bytes.len() / SECTOR_SIZE;
         let mut image = Self::zeroed(SectorCount::new(sectors as u64));
-        for (index, chunk) in bytes[..image.len].chunks(CHUNK).enumerate() {
-            if chunk.iter().any(|&byte| byte != 0) {
-                image.write_at(index * CHUNK, chunk);
+        for (index, page) in bytes[..image.len].chunks(PAGE).enumerate() {
+            if page.iter().any(|&byte| byte != 0) {
+                image.write_at(index * PAGE, page);
             }
         }
         image
@@ -60,11 +209,12 @@ impl Image {
                 Err(rustix::io::Errno::NXIO) => break,
                 Err(errno) => return Err(errno.into()),
             }
-            let at_usize = at as usize;
-            let part = CHUNK.min(image.len.saturating_sub(at_usize));
-            file.read_exact_at(&mut buf[..part], at)?;
-            if buf[..part].iter().any(|&byte| byte != 0) {
-                image.write_at(at_usize, &buf[..part]);
+            let chunk = CHUNK.min(image.len.saturating_sub(at as usize));
+            file.read_exact_at(&mut buf[..chunk], at)?;
+            for (index, page) in buf[..chunk].chunks(PAGE).enumerate() {
+                if page.iter().any(|&byte| byte != 0) {
+                    image.write_at(at as usize + index * PAGE, page);
+                }
             }
             at += CHUNK as u64;
         }
@@ -78,10 +228,26 @@ impl Image {
     pub fn save(&self, path: impl AsRef<Path>) -> io::Result<()> {
         let file = File::create(path)?;
         file.set_len(self.len as u64)?;
-        for (index, chunk) in self.chunks.iter().enumerate() {
-            let Some(chunk) = chunk else { continue };
-            let at = index * CHUNK;
-            file.write_all_at(&chunk[..CHUNK.min(self.len - at)], at as u64)?;
+        let mut bytes = [0; PAGE];
+        let mut page = 0;
+        while page < self.len.div_ceil(PAGE) {
+            let (slot, whole) = self.find(page);
+            let is_hole = match slot {
+                Slot::Zero => true,
+                Slot::Base => self.backing.is_none(),
+                Slot::Page(_) | Slot::Node(_) => false,
+            };
+            if is_hole {
+                page = whole.end;
+                continue;
+            }
+            let at = page * PAGE;
+            let part = PAGE.min(self.len - at);
+            self.read_at(at, &mut bytes[..part]);
+            if bytes[..part].iter().any(|&byte| byte != 0) {
+                file.write_all_at(&bytes[..part], at as u64)?;
+            }
+            page += 1;
         }
         Ok(())
     }
@@ -96,12 +262,52 @@ impl Image {
     #[must_use]
     pub fn to_vec(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len];
-        for (chunk, out) in self.chunks.iter().zip(bytes.chunks_mut(CHUNK)) {
-            if let Some(chunk) = chunk {
-                out.copy_from_slice(&chunk[..out.len()]);
+        self.read_at(0, &mut bytes);
+        bytes
+    }
+
+    /// What holds the bytes of a page, and the pages it holds.
+    fn find(&self, page: usize) -> (&Slot, Range<usize>) {
+        let (mut slot, mut level) = (&self.root, self.levels);
+        while let Slot::Node(node) = slot {
+            level -= 1;
+            slot = &node.slots[slot_of(page, level)];
+        }
+        let span = 1 << (level * FAN_SHIFT);
+        let start = page / span * span;
+        (slot, start..start + span)
+    }
+
+    fn read_base(&self, at: usize, out: &mut [u8]) {
+        match &self.backing {
+            Some(backing) => backing.read_at(at as u64, out),
+            None => out.fill(0),
+        }
+    }
+
+    /// A page to be changed; `whole`: all of it, so what was there does not matter.
+    fn page_mut(&mut self, page: usize, whole: bool) -> &mut [u8; PAGE] {
+        let mut fresh = [0; PAGE];
+        if !whole && matches!(self.find(page).0, Slot::Base) {
+            let at = page * PAGE;
+            let part = PAGE.min(self.len - at);
+            self.read_base(at, &mut fresh[..part]);
+        }
+        let (mut slot, mut level) = (&mut self.root, self.levels);
+        while level > 0 {
+            level -= 1;
+            match slot.node_mut() {
+                Some(node) => slot = &mut node.slots[slot_of(page, level)],
+                None => unreachable!("pages stand below all nodes"),
             }
         }
-        bytes
+        if !matches!(slot, Slot::Page(_)) {
+            *slot = Slot::Page(Arc::new(Page::new(fresh)));
+        }
+        match slot {
+            Slot::Page(page) => Arc::make_mut(page).bytes_mut(),
+            _ => unreachable!("it was just made"),
+        }
     }
 
     /// Copies bytes out.
@@ -110,12 +316,22 @@ impl Image {
     /// Where the range ends past the end.
     pub fn read_at(&self, at: usize, out: &mut [u8]) {
         assert!(at + out.len() <= self.len, "read past the end of the image");
-        for (index, start, range) in pieces(at, out.len()) {
-            let part = &mut out[range.clone()];
-            match &self.chunks[index] {
-                Some(chunk) => part.copy_from_slice(&chunk[start..start + range.len()]),
-                None => part.fill(0),
+        let mut done = 0;
+        while done < out.len() {
+            let (page, start) = ((at + done) / PAGE, (at + done) % PAGE);
+            let (slot, span) = self.find(page);
+            let end = match slot {
+                // Many pages at once.
+                Slot::Base | Slot::Zero => (span.end * PAGE).min(at + out.len()),
+                _ => (page * PAGE + PAGE).min(at + out.len()),
+            };
+            let part = &mut out[done..end - at];
+            match slot {
+                Slot::Page(page) => part.copy_from_slice(&page.bytes[start..start + part.len()]),
+                Slot::Base => self.read_base(at + done, part),
+                Slot::Zero | Slot::Node(_) => part.fill(0),
             }
+            done = end - at;
         }
     }
 
@@ -128,28 +344,23 @@ impl Image {
             at + bytes.len() <= self.len,
             "write past the end of the image"
         );
-        for (index, start, range) in pieces(at, bytes.len()) {
-            let chunk = self.chunks[index].get_or_insert_with(|| Arc::new([0; CHUNK]));
-            let chunk = Arc::make_mut(chunk);
-            chunk[start..start + range.len()].copy_from_slice(&bytes[range]);
+        for (page, start, range) in pieces(at, bytes.len()) {
+            let to = self.page_mut(page, range.len() == PAGE);
+            to[start..start + range.len()].copy_from_slice(&bytes[range]);
         }
     }
 
-    /// The parts, each with its place, that may differ from those of `other`, an image of the same
-    /// size: what one of the two wrote since it was copied from the other.
-    pub fn parts_unlike<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = (usize, &'a [u8])> {
-        const ZEROS: &[u8; CHUNK] = &[0; CHUNK];
-        let pairs = self.chunks.iter().zip(&other.chunks).enumerate();
-        pairs.filter_map(|(index, pair)| {
-            let bytes = match pair {
-                (None, None) => return None,
-                (Some(mine), Some(its)) if Arc::ptr_eq(mine, its) => return None,
-                (Some(mine), _) => &mine[..],
-                (None, Some(_)) => &ZEROS[..],
-            };
-            let at = index * CHUNK;
-            Some((at, &bytes[..CHUNK.min(self.len - at)]))
-        })
+    /// The ranges of bytes that may differ from those of `other`, an image of the same size, each no
+    /// longer than a page: what one of the two wrote since it was copied from the other.
+    #[must_use]
+    pub fn parts_unlike(&self, other: &Self) -> Vec<Range<usize>> {
+        let mut pages = Vec::new();
+        unlike(&self.root, &other.root, self.levels, 0, &mut pages);
+        let pages = pages.into_iter().flatten();
+        pages
+            .map(|page| page * PAGE..(page * PAGE + PAGE).min(self.len))
+            .filter(|part| !part.is_empty())
+            .collect()
     }
 
     /// Zeroes a range.
@@ -158,29 +369,132 @@ impl Image {
     /// Where the range ends past the end.
     pub fn zero_at(&mut self, at: usize, len: usize) {
         assert!(at + len <= self.len, "zeroes past the end of the image");
-        for (index, start, range) in pieces(at, len) {
-            let slot = &mut self.chunks[index];
-            if range.len() == CHUNK {
-                *slot = None;
-            } else if let Some(chunk) = slot {
-                Arc::make_mut(chunk)[start..start + range.len()].fill(0);
+        let end = at + len;
+        // The last page may be a part of one only.
+        let whole = at.div_ceil(PAGE)..if end == self.len {
+            end.div_ceil(PAGE)
+        } else {
+            end / PAGE
+        };
+        if whole.is_empty() {
+            self.zero_part(at, end);
+            return;
+        }
+        self.zero_part(at, whole.start * PAGE);
+        self.zero_part(whole.end * PAGE, end);
+        clear(&mut self.root, self.levels, 0, &whole);
+    }
+
+    /// Zeroes a range that does not fill a page.
+    fn zero_part(&mut self, from: usize, to: usize) {
+        if from >= to {
+            return;
+        }
+        for (page, start, range) in pieces(from, to - from) {
+            let is_zero = match self.find(page).0 {
+                Slot::Zero => true,
+                Slot::Base => self.backing.is_none(),
+                Slot::Page(_) | Slot::Node(_) => false,
+            };
+            if !is_zero {
+                self.page_mut(page, false)[start..start + range.len()].fill(0);
             }
+        }
+    }
+
+    /// A number for all that differs from `origin`, of which this is a changed copy: two copies with
+    /// the same content have the same.
+    #[must_use]
+    pub fn difference(&self, origin: &Self) -> u64 {
+        let mut sum = 0;
+        differ(&self.root, &origin.root, self.levels, 0, &mut sum);
+        sum
+    }
+}
+
+fn slot_of(page: usize, level: u32) -> usize {
+    (page >> (level * FAN_SHIFT)) & (FAN - 1)
+}
+
+/// Makes the pages of `range` zeros; the slot's first page is `first`.
+fn clear(slot: &mut Slot, level: u32, first: usize, range: &Range<usize>) {
+    let span = 1 << (level * FAN_SHIFT);
+    if first >= range.end || first + span <= range.start || matches!(slot, Slot::Zero) {
+        return;
+    }
+    if range.start <= first && first + span <= range.end {
+        *slot = Slot::Zero;
+        return;
+    }
+    if let Some(node) = slot.node_mut() {
+        let below = span >> FAN_SHIFT;
+        for (index, slot) in node.slots.iter_mut().enumerate() {
+            clear(slot, level - 1, first + index * below, range);
         }
     }
 }
 
-/// The chunks that a range touches: index, start in the chunk, range in the caller's bytes.
-fn pieces(at: usize, len: usize) -> impl Iterator<Item = (usize, usize, std::ops::Range<usize>)> {
+fn differ(slot: &Slot, origin: &Slot, level: u32, first: usize, sum: &mut u64) {
+    if slot.same(origin) {
+        return;
+    }
+    let Slot::Node(node) = slot else {
+        let mut hasher = DefaultHasher::new();
+        (first, level).hash(&mut hasher);
+        match slot {
+            Slot::Page(page) => page.sum().hash(&mut hasher),
+            _ => matches!(slot, Slot::Zero).hash(&mut hasher),
+        }
+        *sum = sum.wrapping_add(hasher.finish());
+        return;
+    };
+    let below = 1 << ((level - 1) * FAN_SHIFT);
+    for (index, slot) in node.slots.iter().enumerate() {
+        let origin = match origin {
+            Slot::Node(origin) => &origin.slots[index],
+            whole => whole,
+        };
+        differ(slot, origin, level - 1, first + index * below, sum);
+    }
+}
+
+/// Notes the pages of two trees that may not be the same.
+fn unlike(slot: &Slot, other: &Slot, level: u32, first: usize, pages: &mut Vec<Range<usize>>) {
+    if slot.same(other) {
+        return;
+    }
+    if !matches!((slot, other), (Slot::Node(_), _) | (_, Slot::Node(_))) {
+        pages.push(first..first + (1 << (level * FAN_SHIFT)));
+        return;
+    }
+    let below = |whole: &Slot, index: usize| match whole {
+        Slot::Node(node) => node.slots[index].clone(),
+        whole => whole.clone(),
+    };
+    for index in 0..FAN {
+        let first = first + (index << ((level - 1) * FAN_SHIFT));
+        unlike(
+            &below(slot, index),
+            &below(other, index),
+            level - 1,
+            first,
+            pages,
+        );
+    }
+}
+
+/// The pages that a range touches: index, start in the page, range in the caller's bytes.
+fn pieces(at: usize, len: usize) -> impl Iterator<Item = (usize, usize, Range<usize>)> {
     let mut done = 0;
     std::iter::from_fn(move || {
         if done == len {
             return None;
         }
-        let (index, start) = ((at + done) / CHUNK, (at + done) % CHUNK);
-        let part = (CHUNK - start).min(len - done);
+        let (page, start) = ((at + done) / PAGE, (at + done) % PAGE);
+        let part = (PAGE - start).min(len - done);
         let range = done..done + part;
         done += part;
-        Some((index, start, range))
+        Some((page, start, range))
     })
 }
 
@@ -194,23 +508,40 @@ impl fmt::Debug for Image {
 
 impl PartialEq for Image {
     fn eq(&self, other: &Self) -> bool {
-        let zeros = |chunk: &[u8; CHUNK]| chunk.iter().all(|&byte| byte == 0);
-        self.len == other.len
-            && self
-                .chunks
-                .iter()
-                .zip(&other.chunks)
-                .all(|pair| match pair {
-                    (None, None) => true,
-                    (Some(a), Some(b)) => Arc::ptr_eq(a, b) || a == b,
-                    (Some(chunk), None) | (None, Some(chunk)) => zeros(chunk),
-                })
+        if self.len != other.len {
+            return false;
+        }
+        let same_backing = match (&self.backing, &other.backing) {
+            (None, None) => true,
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        };
+        let (mut a, mut b) = ([0; PAGE], [0; PAGE]);
+        let mut page = 0;
+        while page < self.len.div_ceil(PAGE) {
+            let ((mine, span), (theirs, other_span)) = (self.find(page), other.find(page));
+            if mine.same(theirs) && (same_backing || !matches!(mine, Slot::Base)) {
+                page = span.end.min(other_span.end);
+                continue;
+            }
+            let at = page * PAGE;
+            let part = PAGE.min(self.len - at);
+            self.read_at(at, &mut a[..part]);
+            other.read_at(at, &mut b[..part]);
+            if a[..part] != b[..part] {
+                return false;
+            }
+            page += 1;
+        }
+        true
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{CHUNK, Image};
+    use std::sync::Arc;
+
+    use super::{Backing, CHUNK, Image};
     use crate::SectorCount;
 
     #[test]
@@ -232,14 +563,72 @@ mod tests {
         model[300..300 + 2 * CHUNK].fill(0);
         assert_eq!(image.to_vec(), model);
         assert_eq!(Image::from_bytes(&model), image);
-        let unlike: Vec<_> = image.parts_unlike(&before).map(|(at, _)| at).collect();
-        assert_eq!(unlike, [0, CHUNK, 2 * CHUNK]);
-        for (at, bytes) in image.parts_unlike(&before) {
-            assert_eq!(bytes, &model[at..at + bytes.len()]);
+        let mut patched = before.to_vec();
+        let unlike = image.parts_unlike(&before);
+        let most = 2 * CHUNK + 2 * super::PAGE;
+        assert!(
+            unlike.iter().map(std::ops::Range::len).sum::<usize>() <= most,
+            "{unlike:?}"
+        );
+        for part in unlike {
+            image.read_at(part.start, &mut patched[part]);
         }
+        assert_eq!(patched, model);
         let mut part = vec![9; 1000];
         image.read_at(3 * CHUNK - 500, &mut part);
         assert_eq!(part, &model[3 * CHUNK - 500..3 * CHUNK + 500]);
+        image.zero_at(0, model.len());
+        assert_eq!(image, Image::zeroed(image.size()));
+    }
+
+    struct Counting;
+
+    impl Backing for Counting {
+        fn read_at(&self, at: u64, out: &mut [u8]) {
+            for (index, byte) in out.iter_mut().enumerate() {
+                *byte = ((at as usize + index) / 512) as u8;
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_not_written_is_the_backings() {
+        let size = SectorCount::new((1 << 40) / 512);
+        let origin = Image::over(size, Arc::new(Counting));
+        let mut image = origin.clone();
+        image.write_at(512 * 1000 + 7, &[0xff; 10]);
+        image.zero_at(512 * 2000, 512 * 100);
+        let mut out = [0; 512];
+        for (sector, want) in [(999, 999 % 256), (2000, 0), (2099, 0), (2100, 2100 % 256)] {
+            image.read_at(sector * 512, &mut out);
+            assert!(out.iter().all(|&byte| usize::from(byte) == want));
+        }
+        image.read_at(512 * 1000, &mut out);
+        assert_eq!(out[..7], [1000u16 as u8; 7]);
+        assert_eq!(out[7..17], [0xff; 10]);
+        assert_eq!(out[17], 1000u16 as u8);
+        // As large as it is: what is compared and discarded costs by what was touched.
+        image.zero_at(1 << 30, 1 << 39);
+        assert_ne!(image, origin);
+    }
+
+    #[test]
+    fn equal_differences_are_equal_content() {
+        let mut origin = Image::zeroed(SectorCount::new(1 << 20));
+        origin.write_at(77777, &[5; 9000]);
+        let (mut a, mut b) = (origin.clone(), origin.clone());
+        assert_eq!(a.difference(&origin), 0);
+        a.write_at(80000, &[6; 700]);
+        a.write_at(200_000, &[7; 700]);
+        assert_ne!(a.difference(&origin), 0);
+        b.write_at(200_000, &[7; 700]);
+        assert_ne!(a.difference(&origin), b.difference(&origin));
+        b.write_at(80000, &[6; 700]);
+        assert_eq!(a.difference(&origin), b.difference(&origin));
+        a.write_at(80000, &[5; 700]);
+        let mut only = origin.clone();
+        only.write_at(200_000, &[7; 700]);
+        assert_eq!(a.difference(&origin), only.difference(&origin));
     }
 
     #[test]
@@ -250,6 +639,9 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         image.save(file.path()).unwrap();
         assert_eq!(Image::open(file.path()).unwrap(), image);
+        let lazy = super::FileBacking::open(file.path()).unwrap();
+        let size = lazy.size().unwrap();
+        assert_eq!(Image::over(size, Arc::new(lazy)), image);
         let blocks = std::fs::metadata(file.path())
             .map(|metadata| std::os::unix::fs::MetadataExt::blocks(&metadata));
         assert!(blocks.unwrap() <= 256);

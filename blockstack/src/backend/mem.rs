@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-pub use super::image::Image;
+pub use super::image::{Backing, FileBacking, Image};
 use crate::bio::{Bio, Op};
 use crate::device::{BlockDevice, Limits, Stats};
 use crate::error::BlkResult;

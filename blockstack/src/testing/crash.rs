@@ -1,9 +1,7 @@
 //! A disk in memory that knows what a power cut could leave behind.
 //!
-//! It has a volatile cache: what a write or discard leaves is certain only once a flush, begun
-//! after the write ended, has ended, or the write itself was FUA. Of all others a power cut keeps
-//! each, drops it (the old bytes come back), or tears it between sectors; writes still in flight
-//! are no exception. A [`CrashPoint`] is the disk at one moment with all that is uncertain; it
+//! It has a volatile cache, as [`Cached`] tells; writes still in flight are no exception. A
+//! [`CrashPoint`] is the disk at one moment with all that is uncertain; it
 //! costs little, and [`CrashPoint::image`] draws as many outcomes from it as one likes:
 //!
 //! ```
@@ -35,6 +33,7 @@ use std::sync::{Arc, Weak};
 use crate::backend::mem::Image;
 use crate::bio::{Bio, BioFlags, Op};
 use crate::device::{BlockDevice, Limits, Stats};
+use crate::log_writes::{Cached, Data, Fate};
 use crate::sync::prim::thread;
 use crate::sync::{Condvar, Mutex, Rank};
 use crate::units::{SECTOR_SIZE, SectorCount};
@@ -51,69 +50,12 @@ pub enum Timing {
     },
 }
 
-#[derive(Clone)]
-enum Data {
-    Bytes(Arc<Vec<u8>>),
-    Zeros(usize),
-}
-
-impl Data {
-    fn len(&self) -> usize {
-        match self {
-            Self::Bytes(bytes) => bytes.len(),
-            Self::Zeros(len) => *len,
-        }
-    }
-}
-
-/// A write whose fate is open.
-#[derive(Clone)]
-struct Pending {
-    id: u64,
-    at: usize,
-    data: Data,
-    ended: bool,
-}
-
-impl Pending {
-    fn apply(&self, image: &mut Image, from: usize, to: usize) {
-        match &self.data {
-            Data::Bytes(bytes) => image.write_at(self.at + from, &bytes[from..to]),
-            Data::Zeros(_) => image.zero_at(self.at + from, to - from),
-        }
-    }
-
-    fn overlaps(&self, other: &Self) -> bool {
-        self.at < other.at + other.data.len() && other.at < self.at + self.data.len()
-    }
-
-    /// What `newer` made durable can not be undone by this older write.
-    fn yield_to(&mut self, newer: &Self) {
-        let len = self.data.len();
-        let mut bytes = match &self.data {
-            Data::Bytes(bytes) => bytes.as_ref().clone(),
-            Data::Zeros(len) => vec![0; *len],
-        };
-        let start = self.at.max(newer.at);
-        let end = (self.at + len).min(newer.at + newer.data.len());
-        let target = &mut bytes[start - self.at..end - self.at];
-        match &newer.data {
-            Data::Bytes(from) => {
-                target.copy_from_slice(&from[start - newer.at..end - newer.at]);
-            }
-            Data::Zeros(_) => target.fill(0),
-        }
-        self.data = Data::Bytes(Arc::new(bytes));
-    }
-}
-
 /// The disk at one moment: what is certain, and the writes whose fate is open.
 #[derive(Clone)]
 pub struct CrashPoint {
     /// Writes, discards and flushes that had begun.
     pub ops: u64,
-    durable: Image,
-    pending: Vec<Pending>,
+    cached: Cached,
 }
 
 impl CrashPoint {
@@ -121,48 +63,38 @@ impl CrashPoint {
     #[must_use]
     pub fn image(&self, seed: u64) -> Image {
         let mut random = Random(seed);
-        let mut image = self.durable.clone();
-        for write in &self.pending {
-            let len = write.data.len();
-            match random.below(4) {
-                0 => {}
-                1 => write.apply(&mut image, 0, len),
-                2 => {
-                    let sectors = len / SECTOR_SIZE;
-                    let kept = random.below(sectors as u64 + 1) as usize;
-                    write.apply(&mut image, 0, kept * SECTOR_SIZE);
-                }
-                _ => {
-                    for from in (0..len).step_by(SECTOR_SIZE) {
-                        if random.below(2) == 0 {
-                            write.apply(&mut image, from, from + SECTOR_SIZE);
-                        }
-                    }
-                }
+        let draw = |sectors: usize| match random.below(4) {
+            0 => Fate::Lost,
+            1 => Fate::Kept,
+            2 => {
+                let kept = 0..random.below(sectors as u64 + 1) as usize;
+                Fate::Torn(std::iter::once(kept).collect())
             }
-        }
-        image
+            _ => {
+                let kept = (0..sectors).filter(|_| random.below(2) == 0);
+                Fate::Torn(kept.map(|sector| sector..sector + 1).collect())
+            }
+        };
+        let fates: Vec<_> = self.cached.uncertain().map(draw).collect();
+        self.cached.outcome(&fates)
     }
 
     /// The outcome in which all is lost that was not certain.
     #[must_use]
     pub fn durable(&self) -> Image {
-        self.durable.clone()
+        self.cached.durable().clone()
     }
 
     /// Writes whose fate is open.
     #[must_use]
     pub fn uncertain(&self) -> usize {
-        self.pending.len()
+        self.cached.uncertain().len()
     }
 }
 
 struct State {
     live: Image,
-    durable: Image,
-    /// In the order they were submitted.
-    pending: Vec<Pending>,
-    next_id: u64,
+    cached: Cached,
     ops: u64,
     /// Numbers of operations at which to remember a point.
     armed: Vec<u64>,
@@ -219,9 +151,7 @@ impl CrashDisk {
                 Rank::Queue,
                 State {
                     live: image.clone(),
-                    durable: image,
-                    pending: Vec::new(),
-                    next_id: 0,
+                    cached: Cached::new(image),
                     ops: 0,
                     armed: Vec::new(),
                     every: None,
@@ -296,8 +226,7 @@ impl State {
     fn point(&self) -> CrashPoint {
         CrashPoint {
             ops: self.ops,
-            durable: self.durable.clone(),
-            pending: self.pending.clone(),
+            cached: self.cached.clone(),
         }
     }
 
@@ -306,7 +235,7 @@ impl State {
         let op = bio.op();
         let flushes = op == Op::Flush || bio.flags().contains(BioFlags::PREFLUSH);
         let covers = if flushes {
-            let ended = self.pending.iter().filter(|write| write.ended);
+            let ended = self.cached.pending.iter().filter(|write| write.ended);
             ended.map(|write| write.id).collect()
         } else {
             Vec::new()
@@ -318,7 +247,7 @@ impl State {
                 bio.for_each_bytes(|offset, part| {
                     bytes[offset..offset + part.len()].copy_from_slice(part);
                 });
-                Some(Data::Bytes(Arc::new(bytes)))
+                Some(Data::Bytes(bytes.into()))
             }
             Op::Discard | Op::WriteZeroes => Some(Data::Zeros(bio.byte_len())),
             Op::Read | Op::Flush => None,
@@ -333,7 +262,7 @@ impl State {
         match data {
             Some(data) if flushes && !self.at_once => job.behind_flush = Some((at, data)),
             Some(data) => {
-                self.make_durable(&job.covers);
+                self.cached.make_durable(&job.covers);
                 job.id = Some(self.begin_write(at, data));
             }
             None if op == Op::Flush => self.count(),
@@ -343,14 +272,7 @@ impl State {
     }
 
     fn begin_write(&mut self, at: usize, data: Data) -> u64 {
-        let id = self.next_id;
-        self.next_id += 1;
-        self.pending.push(Pending {
-            id,
-            at,
-            data,
-            ended: false,
-        });
+        let id = self.cached.begin(at, data);
         self.count();
         id
     }
@@ -369,7 +291,7 @@ impl State {
 
     /// Does what a bio asks for; `None` where that was only the flush before a write.
     fn run(&mut self, mut job: Job) -> Option<Bio> {
-        self.make_durable(&job.covers);
+        self.cached.make_durable(&job.covers);
         if let Some((at, data)) = job.behind_flush.take() {
             job.covers.clear();
             job.id = Some(self.begin_write(at, data));
@@ -377,13 +299,12 @@ impl State {
             return None;
         }
         if let Some(id) = job.id
-            && let Some(index) = self.pending.iter().position(|write| write.id == id)
+            && let Some(write) = self.cached.pending.iter_mut().find(|write| write.id == id)
         {
-            let write = &mut self.pending[index];
             write.ended = true;
             write.apply(&mut self.live, 0, write.data.len());
             if job.bio.flags().contains(BioFlags::FUA) {
-                self.make_durable(&[id]);
+                self.cached.make_durable(&[id]);
             }
         }
         if job.bio.op() == Op::Read {
@@ -393,21 +314,6 @@ impl State {
                 .fill_each(|offset, part| live.read_at(at + offset, part));
         }
         Some(job.bio)
-    }
-
-    fn make_durable(&mut self, ids: &[u64]) {
-        for id in ids {
-            let Some(index) = self.pending.iter().position(|write| write.id == *id) else {
-                continue;
-            };
-            let write = self.pending.remove(index);
-            write.apply(&mut self.durable, 0, write.data.len());
-            for older in &mut self.pending[..index] {
-                if older.overlaps(&write) {
-                    older.yield_to(&write);
-                }
-            }
-        }
     }
 }
 

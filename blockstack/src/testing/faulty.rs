@@ -7,10 +7,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Ended, Forward};
 use crate::bio::{Bio, BioFlags, Op};
 use crate::device::{BlockDevice, DynDevice, Limits, Stats};
 use crate::error::{BlkError, BlkResult};
+use crate::forward::{Ended, Forward};
 use crate::sync::{Mutex, Rank};
 use crate::units::SectorCount;
 

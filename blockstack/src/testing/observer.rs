@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::{Ended, Forward};
 use crate::bio::{Bio, BioFlags, Op};
 use crate::device::{BlockDevice, DynDevice, Limits, Stats};
 use crate::error::BlkResult;
+use crate::forward::{Ended, Forward};
 use crate::sync::prim::atomic::{AtomicU64, Ordering};
 use crate::units::{Sector, SectorCount};
 

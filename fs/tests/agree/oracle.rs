@@ -74,17 +74,22 @@ impl Oracle {
             base.image.save(&path).unwrap();
             File::options().write(true).open(&path).unwrap()
         });
-        for (at, bytes) in image.parts_unlike(&base.image) {
-            file.write_all_at(bytes, at as u64).unwrap();
-        }
+        let unlike = image.parts_unlike(&base.image);
+        let mut bytes = Vec::new();
+        let mut put = |from: &Image| {
+            for part in &unlike {
+                bytes.resize(part.len(), 0);
+                from.read_at(part.start, &mut bytes);
+                file.write_all_at(&bytes, part.start as u64).unwrap();
+            }
+        };
+        put(image);
         let out = Command::new("e2fsck")
             .arg("-fn")
             .arg(&path)
             .output()
             .unwrap();
-        for (at, bytes) in base.image.parts_unlike(image) {
-            file.write_all_at(bytes, at as u64).unwrap();
-        }
+        put(&base.image);
         Verdict::of(out)
     }
 }
