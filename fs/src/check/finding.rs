@@ -309,6 +309,13 @@ pub enum Finding {
         value: u64,
         want: u64,
     },
+    #[error("inode {ino}: i_extra_isize is {value}")]
+    ExtraSize {
+        ino: u32,
+        value: u16,
+        /// One of the inodes without a name, where e2fsck does not look at it.
+        is_hidden: bool,
+    },
     #[error("inode {ino}: reserved, but in use")]
     InodeReserved { ino: u32 },
     #[error("inode {ino}: i_flags {flags:#x}: {fault}")]
@@ -500,6 +507,9 @@ impl Finding {
             | Self::BackupSuper { .. }
             | Self::JournalErrno { .. }
             | Self::OrphanList { .. }
+            | Self::ExtraSize {
+                is_hidden: true, ..
+            }
             | Self::XattrBlock { ino: 3..=10, .. }
             | Self::Superblock(SuperblockError::Field {
                 field: "s_def_hash_version",
@@ -546,6 +556,7 @@ impl Finding {
             | Self::InodesLeaked { .. }
             | Self::InodesNotMarked { .. }
             | Self::InodeChecksum { .. }
+            | Self::ExtraSize { .. }
             | Self::NoDeletionTime { .. }
             | Self::DeletionTime { .. }
             | Self::Size { .. }

@@ -289,6 +289,7 @@ fn special(cx: &Cx<'_>, state: &mut State, inode: &Inode<'_>, bad_csum: bool) ->
             if inode.kind != Kind::File {
                 bad_mode(state);
             }
+            xattrs::check_extra(state, inode, true);
             check_blocks(cx, state, inode, None);
             true
         }
@@ -311,6 +312,7 @@ fn special(cx: &Cx<'_>, state: &mut State, inode: &Inode<'_>, bad_csum: bool) ->
             if inode.kind != Kind::File {
                 bad_mode(state);
             }
+            xattrs::check_extra(state, inode, true);
             check_blocks(cx, state, inode, None);
             true
         }
@@ -350,7 +352,7 @@ fn general(cx: &Cx<'_>, state: &mut State, inode: &Inode<'_>) {
     }
     state.inos.used.add(ino.into());
     check_fields(cx, state, inode);
-    xattrs::check_inode(cx, state, inode);
+    xattrs::check_inode(state, inode);
     if cx.geo.inode_size as usize > GOOD_OLD_SIZE {
         check_times(state, inode);
     }

@@ -61,26 +61,34 @@ fn is_last(bytes: &[u8], at: usize) -> bool {
     bytes.get(at..at + 4).is_none_or(|word| word == [0; 4])
 }
 
+/// Checks how many bytes the fields of an inode have behind the first 128; where they can be so
+/// many, gives what stands behind 128 bytes, and their number.
+pub(super) fn check_extra<'a>(
+    state: &mut State,
+    inode: &Inode<'a>,
+    is_hidden: bool,
+) -> Option<(&'a [u8], usize)> {
+    let rest = inode.bytes.get(GOOD_OLD_SIZE..)?;
+    let value = u16::from_le_bytes([*rest.first()?, *rest.get(1)?]);
+    let extra = usize::from(value);
+    if extra != 0 && (extra < 4 || extra > rest.len() || extra % 4 != 0) {
+        let ino = inode.ino;
+        state.tell(Finding::ExtraSize {
+            ino,
+            value,
+            is_hidden,
+        });
+        return None;
+    }
+    Some((rest, extra))
+}
+
 /// Checks the attributes behind the fields of an inode, and the length of these.
-pub(super) fn check_inode(cx: &Cx<'_>, state: &mut State, inode: &Inode<'_>) {
-    let Some(rest) = inode
-        .bytes
-        .get(GOOD_OLD_SIZE..)
-        .filter(|rest| rest.len() > 4)
-    else {
+pub(super) fn check_inode(state: &mut State, inode: &Inode<'_>) {
+    let ino = inode.ino;
+    let Some((rest, extra)) = check_extra(state, inode, false) else {
         return;
     };
-    let ino = inode.ino;
-    let extra = usize::from(u16::from_le_bytes([rest[0], rest[1]]));
-    if extra != 0 && (extra < 4 || extra > rest.len() || extra % 4 != 0) {
-        state.tell(Finding::InodeField {
-            ino,
-            field: "i_extra_isize",
-            value: extra as u64,
-            want: u64::from(cx.geo.want_extra_isize),
-        });
-        return;
-    }
     if extra + IBODY_HEADER_LEN >= rest.len() {
         return;
     }
