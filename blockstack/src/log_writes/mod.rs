@@ -28,7 +28,7 @@
 //!
 //! | module | what it holds |
 //! | --- | --- |
-//! | [`format`] | the bytes of a log |
+//! | [`mod@format`] | the bytes of a log |
 //! | `log` | logs, read and written |
 //! | `recorder` | bios in, entries out |
 //! | `state` | the disk after a part of a log and a power cut |
