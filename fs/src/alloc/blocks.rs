@@ -352,7 +352,7 @@ impl Alloc {
     }
 
     /// Splits a run at the borders of groups; nothing for blocks outside the file system.
-    fn pieces(&self, start: u64, len: u32) -> impl Iterator<Item = (u32, Span)> + '_ {
+    pub(super) fn pieces(&self, start: u64, len: u32) -> impl Iterator<Item = (u32, Span)> + '_ {
         let geo = &self.core.geo;
         let end = start + u64::from(len);
         let mut pos = start;
@@ -485,7 +485,7 @@ impl Alloc {
     }
 }
 
-fn overlaps(own: Option<&[Span]>, span: Span) -> bool {
+pub(super) fn overlaps(own: Option<&[Span]>, span: Span) -> bool {
     let hits = |own: &Span| own.start < span.start + span.len && span.start < own.start + own.len;
     own.is_none_or(|all| all.iter().any(hits))
 }

@@ -12,6 +12,7 @@
 //! | `group` | descriptor and state of a group |
 //! | `blocks` | reserve, commit, free blocks |
 //! | `inodes` | take and free inodes |
+//! | `claim` | blocks and inodes that a fast commit names |
 //! | `trim` | discards of what is free |
 //!
 //! # Locking
@@ -29,6 +30,7 @@
 
 mod bits;
 mod blocks;
+mod claim;
 mod group;
 mod inodes;
 mod trim;

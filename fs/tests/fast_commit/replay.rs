@@ -1,0 +1,224 @@
+//! What our replay makes of them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use blockstack::DynDevice;
+use blockstack::backend::mem::{Image, MemDisk};
+use fs::format::fast_commit::{FastCommit, FcTag};
+use fs::journal::Log;
+use fs::{Fs, MountOptions};
+
+use crate::kernel::{
+    Mount, Scratch, Tree, check, debugfs_tags, difference, journal_extents, kernel_tree, run, walk,
+};
+use crate::work::Work;
+
+/// An image with fast commits that wait.
+struct Made {
+    scratch: Scratch,
+    image: PathBuf,
+    /// The tree when it was shut down.
+    tree: Tree,
+}
+
+fn make(args: &[&str], work: impl FnOnce(&Path)) -> Option<Made> {
+    let scratch = Scratch::new();
+    let image = scratch.mkfs(args, "64M");
+    let tree = {
+        let mount = Mount::new(&scratch, &image, "loop,commit=900")?;
+        work(&mount.at);
+        let tree = walk(&mount.at);
+        mount.shut_down();
+        tree
+    };
+    Some(Made {
+        scratch,
+        image,
+        tree,
+    })
+}
+
+fn le32(image: &Image, at: usize) -> u32 {
+    let mut bytes = [0; 4];
+    image.read_at(at, &mut bytes);
+    u32::from_le_bytes(bytes)
+}
+
+/// What our scan finds.
+fn pending(path: &Path, image: &Image) -> Vec<FastCommit> {
+    let disk: DynDevice = MemDisk::from_image("scan", image.clone());
+    let block_size = 1024 << le32(image, 1024 + 24);
+    let blocks = le32(image, 1024 + 4).into();
+    let mut log = Log::open(disk, block_size, blocks, &journal_extents(path)).unwrap();
+    log.recover().unwrap().fast_commits
+}
+
+fn replay(image: &Image) -> Result<Image, String> {
+    let disk = MemDisk::from_image("replay", image.clone());
+    let dev: DynDevice = disk.clone();
+    let fs = Fs::mount(dev, MountOptions::default()).map_err(|error| error.to_string())?;
+    unmount(&fs)?;
+    drop(fs);
+    Ok(disk.image())
+}
+
+fn unmount(fs: &Arc<Fs>) -> Result<(), String> {
+    fs.unmount().map_err(|error| format!("unmount: {error}"))
+}
+
+/// A commit as debugfs prints it.
+fn printed(commits: &[FastCommit]) -> Vec<String> {
+    let name = |name: &[u8]| String::from_utf8_lossy(name).to_string();
+    let tag = |tag: &FcTag| match tag {
+        FcTag::AddRange { ino, extent } => {
+            let (lblk, pblk, len) = (extent.lblk, extent.pblk, extent.len);
+            format!("ADD_RANGE, inode {ino}, lblk {lblk}, pblk {pblk}, len {len}")
+        }
+        FcTag::DelRange { ino, lblk, len } => {
+            let (lblk, len) = (*lblk as i32, *len as i32);
+            format!("DEL_RANGE, inode {ino}, lblk {lblk}, len {len}")
+        }
+        FcTag::Creat(of) => {
+            let (parent, ino, name) = (of.parent, of.ino, name(&of.name));
+            format!("CREAT_DENTRY, parent {parent}, ino {ino}, name \"{name}")
+        }
+        FcTag::Link(of) => {
+            let (parent, ino, name) = (of.parent, of.ino, name(&of.name));
+            format!("ADD_ENTRY, parent {parent}, ino {ino}, name \"{name}")
+        }
+        FcTag::Unlink(of) => {
+            let (parent, ino, name) = (of.parent, of.ino, name(&of.name));
+            format!("DEL_ENTRY, parent {parent}, ino {ino}, name \"{name}")
+        }
+        FcTag::Inode { ino, .. } => format!("INODE, inode {ino}"),
+    };
+    let with_tail = |commit: &FastCommit| {
+        let tags: Vec<_> = commit.iter().map(tag).collect();
+        tags.into_iter().chain(["TAIL".to_owned()])
+    };
+    commits.iter().flat_map(with_tail).collect()
+}
+
+/// What debugfs finds in the area begins with what we do.
+fn agrees_with_debugfs(path: &Path, commits: &[FastCommit]) {
+    let theirs = debugfs_tags(path).into_iter().filter_map(|line| {
+        let kind = line.split(',').next()?;
+        match kind {
+            "HEAD" | "PAD" => None,
+            "TAIL" => Some(kind.to_owned()),
+            _ => Some(line),
+        }
+    });
+    let (ours, theirs) = (printed(commits), theirs.collect::<Vec<_>>());
+    for (at, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+        // It prints names without regard to where they end.
+        assert!(
+            theirs.starts_with(ours.as_str()),
+            "tag {at}: {ours}, not {theirs}"
+        );
+    }
+    assert!(ours.len() <= theirs.len());
+}
+
+struct Verified {
+    /// Fast commits that waited.
+    commits: usize,
+    /// The kernel could replay them; 6.18 refuses some of its own.
+    by_kernel: bool,
+}
+
+/// Replays, and compares with all there is to compare with.
+fn verify(made: &Made) -> Result<Verified, String> {
+    let image = Image::open(&made.image).unwrap();
+    let commits = pending(&made.image, &image);
+    agrees_with_debugfs(&made.image, &commits);
+    let ours = made.scratch.path("ours");
+    replay(&image)?.save(&ours).unwrap();
+    check(&ours)?;
+    let found = kernel_tree(&made.scratch, &ours).ok_or("the kernel does not mount ours")?;
+    check(&ours).map_err(|error| format!("after the kernel's mount: {error}"))?;
+    if let Some(difference) = difference(&found, &made.tree) {
+        return Err(format!("ours and what was synced: {difference}"));
+    }
+    let theirs = made.scratch.path("theirs");
+    run(
+        "cp",
+        &[made.image.to_str().unwrap(), theirs.to_str().unwrap()],
+    );
+    let theirs = kernel_tree(&made.scratch, &theirs);
+    if let Some(theirs) = &theirs
+        && let Some(difference) = difference(&found, theirs)
+    {
+        return Err(format!("ours and the kernel's: {difference}"));
+    }
+    Ok(Verified {
+        commits: commits.len(),
+        by_kernel: theirs.is_some(),
+    })
+}
+
+const SHAPES: [&[&str]; 5] = [
+    &["-b", "4096"],
+    &["-b", "1024"],
+    &["-b", "2048", "-O", "^metadata_csum,^64bit"],
+    &["-b", "4096", "-I", "128", "-O", "^flex_bg"],
+    &["-b", "1024", "-g", "2048", "-O", "^metadata_csum,uninit_bg"],
+];
+
+fn storm(seed: u64) -> Option<Verified> {
+    let args = SHAPES[seed as usize % SHAPES.len()];
+    let made = make(args, |root| {
+        let mut work = Work::new(root, seed);
+        work.prepare();
+        run("sync", &["-f", root.to_str().unwrap()]);
+        work.run(5 + seed as u32 * 7 % 60);
+    })?;
+    match verify(&made) {
+        Ok(verified) => {
+            let commits = verified.commits;
+            let kernel = if verified.by_kernel {
+                ""
+            } else {
+                ", not for the kernel"
+            };
+            println!("seed {seed} {args:?}: {commits} fast commits{kernel}");
+            Some(verified)
+        }
+        Err(error) => {
+            let kept = std::env::temp_dir().join(format!("fast-commit-{seed}.img"));
+            std::fs::copy(&made.image, &kept).unwrap();
+            panic!("seed {seed} {args:?}: {error}\nimage: {}", kept.display());
+        }
+    }
+}
+
+/// Seeds from `FAST_COMMIT_SEEDS` (first..last), else a few.
+fn seeds() -> std::ops::Range<u64> {
+    let given = std::env::var("FAST_COMMIT_SEEDS").ok();
+    given
+        .and_then(|text| {
+            let (first, last) = text.split_once("..")?;
+            Some(first.parse().ok()?..last.parse().ok()?)
+        })
+        .unwrap_or(0..10)
+}
+
+#[test]
+fn what_was_synced_by_fast_commits_is_there() {
+    let mut all = Vec::new();
+    for seed in seeds() {
+        let Some(verified) = storm(seed) else { return };
+        all.push(verified);
+    }
+    let with_commits = all.iter().filter(|seed| seed.commits > 0).count();
+    let by_kernel = all
+        .iter()
+        .filter(|seed| seed.commits > 0 && seed.by_kernel)
+        .count();
+    println!(
+        "{} images, {with_commits} with fast commits, {by_kernel} also for the kernel",
+        all.len()
+    );
+    assert!(with_commits * 2 > all.len() && by_kernel * 2 > with_commits);
+}
