@@ -62,19 +62,27 @@ pub struct Mount {
 }
 
 impl Mount {
-    /// `None` where this is not allowed.
+    /// `None` where this is not allowed, or the kernel does not want to.
     pub fn new(scratch: &Scratch, image: &Path, options: &str) -> Option<Self> {
         let at = scratch.path("mnt");
         std::fs::create_dir_all(&at).unwrap();
-        let (code, text) = output(
-            "mount",
-            &["-t", "ext4", "-o", options, image.to_str()?, at.to_str()?],
-        );
-        if code != 0 {
-            eprintln!("SKIPPED: mount through a loop device (needs root): {text}");
-            return None;
+        let (image, point) = (image.to_str()?, at.to_str()?);
+        for _ in 0..3 {
+            let (code, text) = output("mount", &["-t", "ext4", "-o", options, image, point]);
+            if code != 0 {
+                eprintln!("SKIPPED: mount through a loop device (needs root): {text}");
+                return None;
+            }
+            let mount = Self { at: at.clone() };
+            let flags = rustix::fs::statvfs(&at).unwrap().f_flag;
+            if !flags.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
+                return Some(mount);
+            }
+            // A loop device stays read-only when somebody has made it so, whoever has it next.
+            let device = run("findmnt", &["-n", "-o", "SOURCE", point]);
+            run("blockdev", &["--setrw", device.trim()]);
         }
-        Some(Self { at })
+        panic!("mounts through loop devices are read-only");
     }
 
     /// Ends all writes at once, without a flush of the log; what was not synced is lost.

@@ -4,6 +4,10 @@
 #![expect(clippy::unwrap_used, reason = "a test ends with a panic")]
 #![expect(unsafe_code, reason = "the ioctl that shuts a file system down")]
 
+mod cases;
+mod cuts;
+mod damage;
 mod kernel;
+mod list;
 mod replay;
 mod work;

@@ -125,10 +125,14 @@ impl<'a> Work<'a> {
         self.sync_all();
     }
 
-    pub fn sync_all(&self) {
+    pub fn sync_all(&mut self) {
         for name in &self.files {
             fsync(File::open(name).unwrap()).unwrap();
         }
+        // What was changed beside files is committed with the next one that was.
+        let (name, bytes) = (self.name(), self.bytes(5000));
+        std::fs::write(&name, bytes).unwrap();
+        fsync(File::open(name).unwrap()).unwrap();
     }
 
     fn step(&mut self) {
