@@ -97,6 +97,7 @@ fn wrong<T>(ino: u32, what: &'static str) -> FcResult<T> {
 /// # Errors
 /// [`FcError`]; the journal is then stopped and nothing is written.
 pub(crate) fn replay(fs: &Arc<Fs>, commits: &[FastCommit]) -> FcResult {
+    fs.alloc.open_reserve();
     // So that the links of the list of orphans, in the inodes, are kept.
     let _orphans = fs.find_orphans()?;
     let mut replay = Replay {

@@ -32,6 +32,7 @@ impl Alloc {
     /// `min`; an I/O error where bitmaps cannot be read.
     pub fn reserve(&self, goal: u64, want: u32, min: u32, who: Privilege) -> FsResult<Run> {
         let floor = match who {
+            _ if self.is_open.load(Ordering::Relaxed) => 0,
             Privilege::User => self.reserved + self.spare,
             Privilege::Root => self.spare,
         };

@@ -16,6 +16,11 @@ use crate::format::group::GroupFlags;
 use crate::journal::{Class, Handle};
 
 impl Alloc {
+    /// Gives out reserved blocks to everybody from now on: who made what is replayed had its own.
+    pub(crate) fn open_reserve(&self) {
+        self.is_open.store(true, Ordering::Relaxed);
+    }
+
     /// Keeps the blocks of a run from being handed out; false where one is outside the file system
     /// or its own.
     ///

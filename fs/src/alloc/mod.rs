@@ -123,6 +123,8 @@ pub struct Alloc {
     /// Blocks for the map's own blocks when all others are gone, so that a finished write of
     /// data into unwritten extents can always be recorded.
     spare: i64,
+    /// Nothing is reserved for anybody.
+    is_open: AtomicBool,
     /// Inodes freed by transactions not yet committed: transaction and number.
     freed_inodes: Mutex<Vec<(u32, u32)>>,
     /// Spreads top directories.
@@ -163,6 +165,7 @@ impl Alloc {
             } else {
                 0
             },
+            is_open: AtomicBool::new(false),
             freed_inodes: Mutex::new(Rank::Counters, Vec::new()),
             spread: AtomicU32::new(raw.s_wtime.get()),
             no_discard: AtomicBool::new(false),

@@ -5,7 +5,7 @@ use blockstack::backend::mem::Image;
 use blockstack::testing::crash::{CrashDisk, Timing};
 use fs::{Fs, MountOptions};
 
-use crate::kernel::{check, journal_extents};
+use crate::kernel::{check, difference, journal_extents, kernel_tree};
 use crate::list::list;
 use crate::replay::{Made, mounted, pending};
 
@@ -32,7 +32,7 @@ fn cut(seed: u64, timing: Timing, draws: u64) -> Option<usize> {
     drop(fs);
     let points = disk.take_points();
     let cut = made.scratch.path("cut");
-    let (mut again, mut number) = (0, 0);
+    let (mut again, mut number, mut by_kernel) = (0, 0, 0);
     for point in &points {
         for draw in 0..draws {
             let image = point.image(draw);
@@ -45,7 +45,16 @@ fn cut(seed: u64, timing: Timing, draws: u64) -> Option<usize> {
                 .unwrap_or_else(|error| panic!("{about}: {error}"));
             assert_eq!(found, want, "{about}");
             number += 1;
-            again += usize::from(pending(&journal, &image) == waiting);
+            let is_waiting = pending(&journal, &image) == waiting;
+            again += usize::from(is_waiting);
+            // Once they are of the past the kernel has a log as any other.
+            if !is_waiting && number % 25 == 1 {
+                image.save(&cut).unwrap();
+                let tree = kernel_tree(&made.scratch, &cut).unwrap();
+                let difference = difference(&tree, &made.tree);
+                assert_eq!(difference, None, "{about}, for the kernel");
+                by_kernel += 1;
+            }
             if number % 25 == 0 {
                 after.save(&cut).unwrap();
                 check(&cut).unwrap_or_else(|error| panic!("{about}: {error}"));
@@ -53,7 +62,7 @@ fn cut(seed: u64, timing: Timing, draws: u64) -> Option<usize> {
         }
     }
     println!("seed {seed} {timing:?}: {number} power cuts, {again} of them had it all to do");
-    assert!(again > 10 && again < number);
+    assert!(again > 10 && again < number && by_kernel > 0);
     Some(number)
 }
 

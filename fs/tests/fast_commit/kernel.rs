@@ -233,6 +233,15 @@ pub fn journal_extents(path: &Path) -> Vec<JournalExtent> {
     entries.collect()
 }
 
+/// What dumpe2fs says of the journal's features.
+pub fn journal_features(path: &Path) -> String {
+    let (_, text) = output("dumpe2fs", &["-h", path.to_str().unwrap()]);
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("Journal features"));
+    line.unwrap().to_owned()
+}
+
 /// The tags in the fast-commit area, as debugfs prints them.
 pub fn debugfs_tags(path: &Path) -> Vec<String> {
     let text = run("debugfs", &["-c", "-R", "logdump", path.to_str().unwrap()]);

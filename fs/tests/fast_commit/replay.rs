@@ -10,7 +10,8 @@ use fs::journal::{JournalExtent, Log};
 use fs::{Fs, MountOptions};
 
 use crate::kernel::{
-    Mount, Scratch, Tree, check, debugfs_tags, difference, journal_extents, kernel_tree, run, walk,
+    Mount, Scratch, Tree, check, debugfs_tags, difference, journal_extents, journal_features,
+    kernel_tree, run, walk,
 };
 use crate::work::Work;
 
@@ -19,7 +20,7 @@ pub struct Made {
     pub scratch: Scratch,
     pub image: PathBuf,
     /// The tree when it was shut down.
-    tree: Tree,
+    pub tree: Tree,
 }
 
 impl Made {
@@ -171,6 +172,12 @@ pub fn verify(made: &Made) -> Result<Verified, String> {
     agrees_with_debugfs(&made.image, &commits);
     let ours = made.scratch.path("ours");
     replay(&image)?.save(&ours).unwrap();
+    let features = journal_features(&ours);
+    if features.contains("FEATURE_I5") || features.contains("fast_commit") {
+        return Err(format!(
+            "a clean journal that says more than the kernel's: {features}"
+        ));
+    }
     check(&ours)?;
     let found = kernel_tree(&made.scratch, &ours).ok_or("the kernel does not mount ours")?;
     check(&ours).map_err(|error| format!("after the kernel's mount: {error}"))?;
@@ -193,12 +200,14 @@ pub fn verify(made: &Made) -> Result<Verified, String> {
     Ok(Verified { commits, kernel })
 }
 
-const SHAPES: [&[&str]; 5] = [
+const SHAPES: [&[&str]; 7] = [
     &["-b", "4096"],
     &["-b", "1024"],
     &["-b", "2048", "-O", "^metadata_csum,^64bit"],
     &["-b", "4096", "-I", "128", "-O", "^flex_bg"],
     &["-b", "1024", "-g", "2048", "-O", "^metadata_csum,uninit_bg"],
+    &["-b", "1024", "-O", "orphan_file"],
+    &["-b", "4096", "-O", "^dir_index,^huge_file"],
 ];
 
 fn shape(seed: u64) -> &'static [&'static str] {
@@ -230,7 +239,7 @@ fn seeds() -> std::ops::Range<u64> {
             let (first, last) = text.split_once("..")?;
             Some(first.parse().ok()?..last.parse().ok()?)
         })
-        .unwrap_or(0..10)
+        .unwrap_or(0..14)
 }
 
 #[test]
