@@ -150,10 +150,12 @@ fn agrees_with_debugfs(path: &Path, commits: &[FastCommit]) {
     assert!(ours.len() <= theirs.len());
 }
 
-/// What the kernel's own replay gives. That of 6.18 refuses some of its own fast commits, and loses
-/// the new file where a number is used again.
+/// What the kernel's own replay gives. That of 6.18 refuses some of its own fast commits, loses the
+/// new file where a number is used again, and runs into a BUG over files without extents, after
+/// which no `sync` on that machine ends: it is asked for storms of the shapes below only.
 #[derive(Debug, Eq, PartialEq)]
 pub enum Kernel {
+    NotAsked,
     Same,
     Differs(String),
     Refuses,
@@ -165,8 +167,8 @@ pub struct Verified {
     pub kernel: Kernel,
 }
 
-/// Replays, and compares with all there is to compare with.
-pub fn verify(made: &Made) -> Result<Verified, String> {
+/// Replays, and compares with what was synced; and with the kernel's replay, where it is asked.
+pub fn verify(made: &Made, ask_kernel: bool) -> Result<Verified, String> {
     let image = made.load();
     let commits = pending(&journal_extents(&made.image), &image);
     agrees_with_debugfs(&made.image, &commits);
@@ -184,6 +186,11 @@ pub fn verify(made: &Made) -> Result<Verified, String> {
     if let Some(difference) = difference(&found, &made.tree) {
         return Err(format!("ours and what was synced: {difference}"));
     }
+    let commits = commits.len();
+    if !ask_kernel {
+        let kernel = Kernel::NotAsked;
+        return Ok(Verified { commits, kernel });
+    }
     let theirs = made.scratch.path("theirs");
     run(
         "cp",
@@ -196,7 +203,6 @@ pub fn verify(made: &Made) -> Result<Verified, String> {
             Some(difference) => Kernel::Differs(difference),
         },
     };
-    let commits = commits.len();
     Ok(Verified { commits, kernel })
 }
 
@@ -217,7 +223,7 @@ fn shape(seed: u64) -> &'static [&'static str] {
 fn storm(seed: u64) -> Option<Verified> {
     let args = shape(seed);
     let made = Made::storm(seed)?;
-    match verify(&made) {
+    match verify(&made, true) {
         Ok(verified) => {
             let (commits, kernel) = (verified.commits, &verified.kernel);
             println!("seed {seed} {args:?}: {commits} fast commits, the kernel: {kernel:?}");
