@@ -8,6 +8,7 @@ pub mod core;
 pub mod data;
 pub mod dir;
 pub mod error;
+pub mod fast_commit;
 pub mod format;
 pub mod fuse;
 pub mod geometry;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! superblock checked -> journal found through a look at the file system as it is -> replayed
-//! -> superblock read again -> needs_recovery set, durably -> journal open -> orphans -> requests
+//! -> fast commits replayed, on a file system assembled for that alone -> superblock read again -> needs_recovery set, durably -> journal open -> orphans -> requests
 //! unmount: data drained -> journal committed, written home, marked empty -> superblock clean
 //! ```
 
@@ -21,6 +21,8 @@ use crate::alloc::Alloc;
 use crate::batch::Batch;
 use crate::core::{Core, ErrorRecord, Fs};
 use crate::error::{FsError, FsResult};
+use crate::fast_commit::{self, FcError};
+use crate::format::fast_commit::FastCommit;
 use crate::format::features::{
     Compat, INCOMPAT_SUPPORTED, Incompat, RO_COMPAT_SUPPORTED, RoCompat, incompat_names,
     ro_compat_names,
@@ -68,6 +70,9 @@ pub enum MountError {
     /// The journal cannot be used.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// Fast commits of the kernel cannot be replayed.
+    #[error("journal: fast commits (fast_commit): {0}; run e2fsck first")]
+    FastCommits(#[from] FcError),
     /// Anything else.
     #[error("{what}: {source}")]
     Fs {
@@ -237,9 +242,37 @@ impl Fs {
             if dev.limits().read_only {
                 return Err(JournalError::NeedsRecovery.into());
             }
-            log.recover()?;
+            let commits = log.recover()?.fast_commits;
+            if log.has_fast_commits() {
+                Self::replay_fast_commits(dev, opts, log, &commits)?;
+                log = Log::open(dev.clone(), block_size, blocks, &extents)?;
+            }
         }
         Ok((!opts.read_only).then_some(log))
+    }
+
+    /// Replays what stands on top of a recovered log, on a file system of its own.
+    fn replay_fast_commits(
+        dev: &DynDevice,
+        opts: &MountOptions,
+        log: Log,
+        commits: &[FastCommit],
+    ) -> Result<(), MountError> {
+        // The journal may have brought another superblock.
+        let raw = read_superblock(dev)?;
+        let geo = Geometry::new(&raw)?;
+        check_features(&geo, false)?;
+        check_device(&geo, dev, false)?;
+        let opts = MountOptions {
+            read_only: false,
+            sync: false,
+            discard: false,
+            errors: Some(OnError::Continue),
+            ..opts.clone()
+        };
+        let fs = Self::assemble(dev.clone(), &raw, geo, opts, Some(log))?;
+        fast_commit::replay(&fs, commits)?;
+        fs.journal.shutdown().map_err(failed("fast commits"))
     }
 
     fn journal_extents(&self) -> FsResult<Vec<JournalExtent>> {

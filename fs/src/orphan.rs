@@ -55,6 +55,14 @@ impl OrphanLink {
         (self.state.load(Ordering::Acquire) == 1).then(|| self.place.load(Ordering::Acquire))
     }
 
+    /// Takes the place of an inode of the same number.
+    pub(crate) fn take_over(&self, other: &Self) {
+        self.set(
+            other.state.load(Ordering::Acquire),
+            other.place.load(Ordering::Acquire),
+        );
+    }
+
     fn set(&self, state: u8, place: u32) {
         self.place.store(place, Ordering::Release);
         self.state.store(state, Ordering::Release);

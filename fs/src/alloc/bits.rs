@@ -30,6 +30,16 @@ pub(super) fn all_clear(bitmap: &[u8], start: u32, len: u32) -> bool {
     })
 }
 
+/// Counts the bits of a range that are set.
+pub(super) fn count(bitmap: &[u8], start: u32, len: u32) -> u32 {
+    let mut ones = 0;
+    each(start, len, |i, mask| {
+        ones += bitmap.get(i).map_or(0, |b| (b & mask).count_ones());
+        true
+    });
+    ones
+}
+
 /// Sets the bits of a range.
 pub(super) fn set(bitmap: &mut [u8], start: u32, len: u32) {
     each(start, len, |i, mask| {
@@ -46,7 +56,7 @@ pub(super) fn clear(bitmap: &mut [u8], start: u32, len: u32) {
 
 #[cfg(test)]
 mod tests {
-    use super::{all_clear, all_set, clear, set};
+    use super::{all_clear, all_set, clear, count, set};
 
     #[test]
     fn ranges_begin_and_end_inside_bytes() {
@@ -60,6 +70,8 @@ mod tests {
                     assert_eq!(all_clear(&map, bit, 1), !want);
                 }
                 assert!(all_set(&map, start, len) && !all_set(&map, start, len + 1));
+                assert_eq!(count(&map, 0, 50), len);
+                assert_eq!(count(&map, start + 1, 40), len - 1);
                 clear(&mut map, start, len);
                 assert_eq!(map, [0; 5]);
             }

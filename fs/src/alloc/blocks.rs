@@ -32,6 +32,7 @@ impl Alloc {
     /// `min`; an I/O error where bitmaps cannot be read.
     pub fn reserve(&self, goal: u64, want: u32, min: u32, who: Privilege) -> FsResult<Run> {
         let floor = match who {
+            _ if self.is_open.load(Ordering::Relaxed) => 0,
             Privilege::User => self.reserved + self.spare,
             Privilege::Root => self.spare,
         };
@@ -352,7 +353,7 @@ impl Alloc {
     }
 
     /// Splits a run at the borders of groups; nothing for blocks outside the file system.
-    fn pieces(&self, start: u64, len: u32) -> impl Iterator<Item = (u32, Span)> + '_ {
+    pub(super) fn pieces(&self, start: u64, len: u32) -> impl Iterator<Item = (u32, Span)> + '_ {
         let geo = &self.core.geo;
         let end = start + u64::from(len);
         let mut pos = start;
@@ -485,7 +486,7 @@ impl Alloc {
     }
 }
 
-fn overlaps(own: Option<&[Span]>, span: Span) -> bool {
+pub(super) fn overlaps(own: Option<&[Span]>, span: Span) -> bool {
     let hits = |own: &Span| own.start < span.start + span.len && span.start < own.start + own.len;
     own.is_none_or(|all| all.iter().any(hits))
 }

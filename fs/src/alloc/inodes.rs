@@ -99,7 +99,14 @@ impl Alloc {
     }
 
     /// Sets an inode's bit on disk, and begins the part of the table it lies in.
-    fn mark_inode(&self, h: &Handle, g: u32, group: &Group, at: u32, what: InodeUse) -> FsResult {
+    pub(super) fn mark_inode(
+        &self,
+        h: &Handle,
+        g: u32,
+        group: &Group,
+        at: u32,
+        what: InodeUse,
+    ) -> FsResult {
         let geo = &self.core.geo;
         let _disk = group.disk.lock();
         // A group with inodes in use must have both bitmaps, or e2fsck complains.
@@ -247,7 +254,7 @@ impl Alloc {
         group.publish_inodes(map);
     }
 
-    fn load_inodes(&self, g: u32, group: &Group) -> FsResult {
+    pub(super) fn load_inodes(&self, g: u32, group: &Group) -> FsResult {
         if group.inodes.lock().is_some() {
             return Ok(());
         }

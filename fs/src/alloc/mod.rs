@@ -12,6 +12,7 @@
 //! | `group` | descriptor and state of a group |
 //! | `blocks` | reserve, commit, free blocks |
 //! | `inodes` | take and free inodes |
+//! | `claim` | blocks and inodes that a fast commit names |
 //! | `trim` | discards of what is free |
 //!
 //! # Locking
@@ -29,6 +30,7 @@
 
 mod bits;
 mod blocks;
+mod claim;
 mod group;
 mod inodes;
 mod trim;
@@ -122,6 +124,8 @@ pub struct Alloc {
     /// always be named. The kernel's ext4 keeps them where there are extents; on others it looks
     /// for all blocks of a write before it takes the data.
     spare: i64,
+    /// Nothing is reserved for anybody.
+    is_open: AtomicBool,
     /// Inodes freed by transactions not yet committed: transaction and number.
     freed_inodes: Mutex<Vec<(u32, u32)>>,
     /// Spreads top directories.
@@ -158,6 +162,7 @@ impl Alloc {
             dirs: AtomicI64::new(0),
             reserved: raw.reserved_blocks() as i64,
             spare: (total / 50).min(4096),
+            is_open: AtomicBool::new(false),
             freed_inodes: Mutex::new(Rank::Counters, Vec::new()),
             spread: AtomicU32::new(raw.s_wtime.get()),
             no_discard: AtomicBool::new(false),

@@ -136,7 +136,7 @@ impl Extent {
             && self.len + next.len <= self.state.max_len()
     }
 
-    fn decode(raw: &RawExtent) -> Self {
+    pub(super) fn decode(raw: &RawExtent) -> Self {
         let len = u32::from(raw.ee_len.get());
         let (len, state) = if len > WRITTEN_MAX_LEN {
             (len - WRITTEN_MAX_LEN, ExtentState::Unwritten)

@@ -22,7 +22,7 @@ bitflags! {
         const DIR_INDEX = 0x20;
         /// Two backup superblocks only.
         const SPARSE_SUPER2 = 0x200;
-        /// Fast commits.
+        /// The kernel makes fast commits.
         const FAST_COMMIT = 0x400;
         /// Inode numbers and UUID stay.
         const STABLE_INODES = 0x800;

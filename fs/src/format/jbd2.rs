@@ -12,12 +12,12 @@
 //! | [`Revokes`], [`RevokeWriter`] | revoke blocks |
 //! | [`Csum`] | the checksums of csum v2/v3; [`crc32_be`] is that of v1 |
 //! | [`LogGeometry`] | arithmetic on the circular log |
-//! | [`fc_pending`] | whether a fast-commit area holds a commit that must be replayed |
+//!
+//! What stands in the fast-commit area at the end of a journal: [`super::fast_commit`].
 
 use std::mem::{offset_of, size_of};
 
 use zerocopy::big_endian::{I32, U16, U32, U64};
-use zerocopy::little_endian::{U16 as Le16, U32 as Le32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// The number of a transaction; compared modulo 2^32 ([`tid_gt`]).
@@ -435,14 +435,7 @@ impl JournalSuperblock {
         if first == 0 || first >= maxlen {
             return Err(JournalSbError::First { first, maxlen });
         }
-        let mut end = maxlen;
-        if raw.s_feature_incompat.get() & Incompat::FAST_COMMIT.bits() != 0 {
-            let fc = fc_blocks(raw);
-            end = maxlen
-                .checked_sub(fc)
-                .filter(|&end| end > first)
-                .ok_or(JournalSbError::FastCommitBlocks { fc, maxlen })?;
-        }
+        let end = log_end(raw)?;
         // The kernel counts the superblock's block as part of the log here.
         if end < MIN_JOURNAL_BLOCKS || first > end - MIN_JOURNAL_BLOCKS + 1 {
             return Err(JournalSbError::TooShort { first, end });
@@ -553,14 +546,26 @@ impl JournalSuperblock {
         self.raw.s_errno = errno.wrapping_neg().into();
     }
 
-    /// Chooses the features ext4 gives its journal at mount; only for an empty log. Turns a
-    /// version 1 superblock into version 2.
+    /// Whether a fast-commit area would leave room for a log.
+    #[must_use]
+    pub fn has_fc_room(&self) -> bool {
+        let mut raw = self.raw;
+        let incompat = self.incompat().union(Incompat::FAST_COMMIT);
+        raw.s_feature_incompat = incompat.bits().into();
+        log_end(&raw).is_ok_and(|end| self.geometry.first + MIN_JOURNAL_BLOCKS <= end + 1)
+    }
+
+    /// Chooses the features ext4 gives its journal at mount; only for an empty log, where they
+    /// change how it is read. Turns a version 1 superblock into version 2.
     pub fn set_features(&mut self, compat: Compat, incompat: Incompat) {
         self.raw.s_header.h_blocktype = SUPERBLOCK_V2.into();
         self.raw.s_feature_compat = compat.bits().into();
         self.raw.s_feature_incompat = incompat.bits().into();
         let v23 = incompat.intersects(Incompat::CSUM_V2.union(Incompat::CSUM_V3));
         self.raw.s_checksum_type = if v23 { CRC32C_CHKSUM } else { 0 };
+        if let Ok(end) = log_end(&self.raw) {
+            self.geometry.end = end;
+        }
     }
 
     /// The 1024 bytes for the disk, with their checksum.
@@ -575,6 +580,19 @@ impl JournalSuperblock {
         };
         zerocopy::transmute!(raw)
     }
+}
+
+/// The block after the last one of the log.
+fn log_end(raw: &RawJournalSuperblock) -> Result<u32, JournalSbError> {
+    let maxlen = raw.s_maxlen.get();
+    if raw.s_feature_incompat.get() & Incompat::FAST_COMMIT.bits() == 0 {
+        return Ok(maxlen);
+    }
+    let fc = fc_blocks(raw);
+    maxlen
+        .checked_sub(fc)
+        .filter(|&end| end > raw.s_first.get())
+        .ok_or(JournalSbError::FastCommitBlocks { fc, maxlen })
 }
 
 fn fc_blocks(raw: &RawJournalSuperblock) -> u32 {
@@ -1129,54 +1147,6 @@ impl LogGeometry {
     pub const fn free(self, head: u32, tail: u32) -> u32 {
         self.len() - self.distance(tail, head) - 1
     }
-}
-
-const FC_TAG_PAD: u16 = 7;
-const FC_TAG_TAIL: u16 = 8;
-const FC_TAG_HEAD: u16 = 9;
-
-/// `struct ext4_fc_tl`; little-endian, unlike the rest of the journal.
-#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
-#[repr(C)]
-struct RawFcTl {
-    fc_tag: Le16,
-    fc_len: Le16,
-}
-
-/// Whether the fast-commit area starts with a commit made on top of transaction `expected - 1`.
-///
-/// The head names the transaction it belongs to; the area is never cleared, so a head of an
-/// older transaction is what normally stands there. `first` is the area's first block.
-#[must_use]
-pub fn fc_pending(first: &[u8], expected: Tid) -> bool {
-    let Ok((tl, value)) = RawFcTl::ref_from_prefix(first) else {
-        return false;
-    };
-    if tl.fc_tag.get() != FC_TAG_HEAD {
-        return false;
-    }
-    // struct ext4_fc_head: features, then tid.
-    let Ok(([_, tid], mut rest)) = <[Le32; 2]>::ref_from_prefix(value) else {
-        return false;
-    };
-    if tid.get() != expected {
-        return false;
-    }
-    // A tail in the first block decides at once. A commit that goes on in the next block counts
-    // as pending: refusing what might be needed loses nothing, ignoring it would.
-    while let Ok((tl, value)) = RawFcTl::ref_from_prefix(rest) {
-        match tl.fc_tag.get() {
-            FC_TAG_TAIL => {
-                return Le32::ref_from_prefix(value).is_ok_and(|(tid, _)| tid.get() == expected);
-            }
-            1..=FC_TAG_PAD => match value.get(usize::from(tl.fc_len.get())..) {
-                Some(after) => rest = after,
-                None => return true,
-            },
-            _ => return false,
-        }
-    }
-    true
 }
 
 #[cfg(test)]

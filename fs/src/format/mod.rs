@@ -3,6 +3,7 @@
 pub mod csum;
 pub mod dirent;
 pub mod extent;
+pub mod fast_commit;
 pub mod features;
 pub mod group;
 pub mod htree;

@@ -304,6 +304,40 @@ pub fn remove(
     Ok(())
 }
 
+/// Unmaps blocks `from..to` and gives them to `gone` instead of freeing them; all in one handle.
+///
+/// # Errors
+/// As [`remove`].
+pub(crate) fn unmap(
+    fs: &Fs,
+    h: &Handle,
+    inode: &Inode,
+    data: &mut InodeData,
+    (from, to): (u32, u32),
+    gone: &mut dyn FnMut(u64, u32),
+) -> FsResult {
+    let mut rest = Some(to);
+    while let Some(to) = rest {
+        let by_extents = data.has_extents();
+        let mut tree = Tree::new(fs, h, inode, by_extents);
+        let root = &mut data.block;
+        let step = if by_extents {
+            extent_tree::remove_step(&mut tree, root, from, to, RUNS_PER_STEP)
+        } else {
+            block_map::remove_step(&mut tree, root, from, to, RUNS_PER_STEP, per(fs))
+        };
+        let added = tree.blocks;
+        account(fs, data, added);
+        let Removed { freed, rest: left } = step?;
+        for (pblk, len) in freed {
+            account(fs, data, -i64::from(len));
+            gone(pblk, len);
+        }
+        rest = left;
+    }
+    Ok(())
+}
+
 /// The next data or hole at or after `lblk`; `None` where there is none. Unwritten blocks count as
 /// a hole.
 ///

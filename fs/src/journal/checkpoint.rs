@@ -268,8 +268,7 @@ impl Shared {
             (state.next_tid, state.head)
         };
         let mut log = jbd2.log.lock();
-        log.sb.set_head(head);
-        log.write_tail(next, None)
+        log.write_end(next, head)
             .map_err(|error| self.abort_on("journal superblock", error))?;
         drop(log);
         self.state.lock().tail_on_disk = false;

@@ -44,6 +44,9 @@ pub struct Log {
     /// Block 0 of the journal; behind the superblock stands nothing, but it is kept.
     sb_block: Vec<u8>,
     fs_blocks: u64,
+    /// Recovered but for fast commits: the log is empty, its superblock says where the transaction
+    /// will stand that they become.
+    pub(super) has_fast_commits: bool,
 }
 
 impl Log {
@@ -73,7 +76,14 @@ impl Log {
             sb,
             sb_block: buf.to_vec(),
             fs_blocks,
+            has_fast_commits: false,
         })
+    }
+
+    /// Whether fast commits wait on top of a recovered log.
+    #[must_use]
+    pub fn has_fast_commits(&self) -> bool {
+        self.has_fast_commits
     }
 
     /// Whether transactions wait to be replayed.
@@ -91,6 +101,12 @@ impl Log {
     /// Replays the log if it is not empty, and marks it as empty. Whatever was read from the
     /// device before may be stale afterwards.
     ///
+    /// Where fast commits wait on top of it, it is not marked as empty but as one that begins with
+    /// the transaction they belong to, of which nothing is there yet: until that transaction is
+    /// committed, fast commits are what counts, and from then on they are of the past. So
+    /// [`Journal::open`](super::Journal::open) takes the log, and all that the fast commits say is
+    /// to be changed in one handle.
+    ///
     /// Crash windows: before the flush and before the superblock is written, the next recovery
     /// does all of it again, with the same result.
     ///
@@ -105,10 +121,15 @@ impl Log {
         written?;
         if self.needs_recovery() {
             flush_wait(&self.disk.dev)?;
-            // One number is left out, so that what an interrupted commit left in the log cannot be
-            // taken for a part of the next transaction.
-            self.sb.set_tail(replayed.end.wrapping_add(1), None);
-            self.sb.set_head(replayed.head);
+            self.has_fast_commits = !replayed.fast_commits.is_empty();
+            if self.has_fast_commits {
+                self.sb.set_tail(replayed.end, Some(replayed.head));
+            } else {
+                // One number is left out, so that what an interrupted commit left in the log
+                // cannot be taken for a part of the next transaction.
+                self.sb.set_tail(replayed.end.wrapping_add(1), None);
+                self.sb.set_head(replayed.head);
+            }
             self.write_superblock()?;
             log::info!(
                 "journal: recovered {} transactions, {} blocks, {} revoked",
@@ -122,7 +143,7 @@ impl Log {
 
     /// Sets the features ext4 gives a journal when it loads it; only for an empty log. They reach
     /// the disk with the next superblock.
-    pub(super) fn adopt_features(&mut self, metadata_csum: bool, bit64: bool) {
+    pub(super) fn adopt_features(&mut self, metadata_csum: bool, bit64: bool, fast_commit: bool) {
         let mut incompat = self.sb.incompat();
         let sums = Incompat::CSUM_V2 | Incompat::CSUM_V3 | Incompat::ASYNC_COMMIT;
         incompat.remove(sums);
@@ -130,8 +151,20 @@ impl Log {
         if bit64 {
             incompat.insert(Incompat::BIT64);
         }
+        // Never used here, but kept free, as by the kernel: what stands there when the kernel makes
+        // its first fast commit should not look like anything else.
+        incompat.set(Incompat::FAST_COMMIT, fast_commit && self.sb.has_fc_room());
         self.sb
             .set_features(self.sb.compat().difference(Compat::CHECKSUM), incompat);
+    }
+
+    /// Marks the log as empty, durably, at the end of its use. As with the kernel, nothing is said
+    /// of fast commits then, so that whoever does not know them can take it.
+    pub(super) fn write_end(&mut self, tid: Tid, head: u32) -> Result<(), BlkError> {
+        let incompat = self.sb.incompat().difference(Incompat::FAST_COMMIT);
+        self.sb.set_features(self.sb.compat(), incompat);
+        self.sb.set_head(head);
+        self.write_tail(tid, None)
     }
 
     /// Records that the log starts at `start` with transaction `tid`, durably.

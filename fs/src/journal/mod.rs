@@ -61,7 +61,7 @@ use dashmap::DashMap;
 
 use crate::core::Core;
 use crate::error::{FsError, FsResult};
-use crate::format::features::{Incompat, RoCompat};
+use crate::format::features::{Compat, Incompat, RoCompat};
 use crate::format::jbd2::{Csum, LogGeometry, TagFormat, Tid, tid_geq};
 
 mod bare;
@@ -221,10 +221,12 @@ impl Journal {
         let disk = Disk::new(core.dev.clone(), core.geo.block_size as usize);
         let max = MAX_TXN_BYTES / core.geo.block_size as usize;
         let mode = Mode::Bare(Arc::new(disk));
-        Self::run(core, mode, u32::try_from(max).unwrap_or(u32::MAX), 1)
+        Self::run(core, mode, u32::try_from(max).unwrap_or(u32::MAX), 1, None)
     }
 
     /// Takes a recovered log into use, with the features the file system asks for.
+    ///
+    /// Where fast commits wait ([`Log::recover`]), its first transaction is the one they belong to.
     ///
     /// The caller sets `needs_recovery` in the superblock of the file system, durably, before the
     /// first handle, and clears it after [`Journal::shutdown`].
@@ -232,17 +234,22 @@ impl Journal {
     /// # Errors
     /// [`JournalError::NeedsRecovery`] where the log is not empty; a thread could not be started.
     pub fn open(core: Arc<Core>, mut log: Log) -> Result<Arc<Self>, JournalError> {
-        if log.needs_recovery() {
+        if log.needs_recovery() && !log.has_fast_commits {
             return Err(JournalError::NeedsRecovery);
         }
         log.adopt_features(
             core.geo.ro_compat.contains(RoCompat::METADATA_CSUM),
             core.geo.incompat.contains(Incompat::BIT64),
+            core.geo.compat.contains(Compat::FAST_COMMIT) || log.has_fast_commits,
         );
+        let start = log.sb.start();
+        if start.is_some() {
+            log.write_superblock()?;
+        }
         let geometry = log.sb.geometry();
         let bytes = MAX_TXN_BYTES / core.geo.block_size as usize;
         let max = (geometry.len() / 4).min(u32::try_from(bytes).unwrap_or(u32::MAX));
-        let next = log.sb.sequence().wrapping_add(1);
+        let next = log.sb.sequence().wrapping_add(u32::from(start.is_none()));
         let mode = Mode::Jbd2(Box::new(Jbd2 {
             disk: log.disk.clone(),
             file: log.file.clone(),
@@ -252,7 +259,7 @@ impl Journal {
             uuid: log.sb.uuid(),
             log: Mutex::new(Rank::Transaction, log),
         }));
-        let journal = Self::run(core, mode, max, next);
+        let journal = Self::run(core, mode, max, next, start);
         if journal.is_aborted() {
             Err(JournalError::Thread)
         } else {
@@ -260,9 +267,16 @@ impl Journal {
         }
     }
 
-    fn run(core: Arc<Core>, mode: Mode, max_txn: u32, next_tid: Tid) -> Arc<Self> {
+    /// `start` is where the superblock on disk says that the log starts.
+    fn run(
+        core: Arc<Core>,
+        mode: Mode,
+        max_txn: u32,
+        next_tid: Tid,
+        start: Option<u32>,
+    ) -> Arc<Self> {
         let first = match &mode {
-            Mode::Jbd2(jbd2) => jbd2.geometry.first,
+            Mode::Jbd2(jbd2) => start.unwrap_or(jbd2.geometry.first),
             Mode::Bare(_) => 0,
         };
         let has_log = matches!(mode, Mode::Jbd2(_));
@@ -276,7 +290,7 @@ impl Journal {
             checkpoint: VecDeque::new(),
             head: first,
             tail: first,
-            tail_on_disk: false,
+            tail_on_disk: start.is_some(),
             space_wanted: false,
             aborted: false,
             record_errno: false,
@@ -401,6 +415,11 @@ impl Journal {
         let res = self.shared.finish_log();
         self.shared.state.lock().hooks = None;
         res
+    }
+
+    /// Ends without committing anything more, as a crash would, and without a record of it.
+    pub(crate) fn stop_now(&self) {
+        self.stop(Stop::Now);
     }
 
     fn stop(&self, how: Stop) {

@@ -5,6 +5,9 @@
 //!    block stands.
 //! 3. **Replay** copies the blocks home.
 //!
+//! On top of the last transaction there may be fast commits, in an area of their own behind the log:
+//! they are read with the scan and handed to the caller.
+//!
 //! Nothing here trusts the log: every pass is bounded by the log's length, block numbers are
 //! checked against the file system, nothing is allocated by a size that stands on disk.
 
@@ -13,10 +16,11 @@ use std::collections::HashMap;
 use blockstack::{BlkError, BlkResult};
 
 use super::revoke::FoundRevokes;
+use crate::format::fast_commit::{FastCommit, FcScan, FcScanError, FcScanner};
 use crate::format::jbd2::{
     COMMIT_BLOCK, Csum, DESCRIPTOR_BLOCK, Header, Incompat, JournalSuperblock, MAGIC_BYTES,
     REVOKE_BLOCK, RevokeCountError, Revokes, Tag, TagFlags, TagFormat, Tags, Tid, commit_time,
-    crc32_be, fc_pending,
+    crc32_be,
 };
 
 /// Where the log is read from and the blocks are written to.
@@ -90,15 +94,18 @@ pub enum ReplayError {
         /// What is wrong.
         source: RevokeCountError,
     },
-    /// The fast-commit area holds what has to be replayed on top of the log.
-    #[error(
-        "journal: fast commits (fast_commit) wait to be replayed, which is not supported; run e2fsck first"
-    )]
-    FastCommits,
+    /// A fast commit that counts cannot be read.
+    #[error("journal: fast commits (fast_commit) of transaction {tid}: {source}; run e2fsck first")]
+    FastCommits {
+        /// The transaction they are made on top of, less one.
+        tid: Tid,
+        /// What is wrong.
+        source: FcScanError,
+    },
 }
 
 /// What a replay did.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Replayed {
     /// The transaction after the last one replayed.
     pub end: Tid,
@@ -110,6 +117,8 @@ pub struct Replayed {
     pub blocks: u64,
     /// Copies not written because of a revoke.
     pub revoked: u64,
+    /// Fast commits on top of the last transaction, oldest first; not replayed.
+    pub fast_commits: Vec<FastCommit>,
 }
 
 /// Replays the log that `sb` describes; does nothing where it is empty.
@@ -130,6 +139,7 @@ pub fn replay(
             transactions: 0,
             blocks: 0,
             revoked: 0,
+            fast_commits: Vec::new(),
         });
     };
     let mut log = Log {
@@ -143,13 +153,7 @@ pub fn replay(
         data: vec![0; block_size],
     };
     let scan = log.scan()?;
-    if sb.fc_len() > 1 {
-        // The kernel leaves one block free between the log and the fast commits.
-        log.read_control(sb.geometry().end + 1)?;
-        if fc_pending(&log.block, scan.end) {
-            return Err(ReplayError::FastCommits);
-        }
-    }
+    let fast_commits = log.scan_fast_commits(scan.end)?;
     let (revokes, youngest) = log.collect_revokes(scan.end)?;
     let (blocks, revoked) = log.replay(scan.end, &revokes, &youngest)?;
     if let Some(error) = scan.failed {
@@ -161,6 +165,7 @@ pub fn replay(
         transactions: scan.end.wrapping_sub(sb.sequence()),
         blocks,
         revoked,
+        fast_commits,
     })
 }
 
@@ -295,6 +300,22 @@ impl Log<'_> {
             }
         }
         Ok(scan)
+    }
+
+    /// Reads the fast commits on top of the transaction before `tid`.
+    fn scan_fast_commits(&mut self, tid: Tid) -> Result<Vec<FastCommit>, ReplayError> {
+        let mut scanner = FcScanner::new(tid);
+        // The kernel leaves one block free between the log and the fast commits.
+        for log_block in self.sb.geometry().end + 1..self.sb.maxlen() {
+            self.read_control(log_block)?;
+            let scanned = scanner
+                .block(&self.block)
+                .map_err(|source| ReplayError::FastCommits { tid, source })?;
+            if scanned == FcScan::End {
+                break;
+            }
+        }
+        Ok(scanner.finish())
     }
 
     fn sum_v1(&mut self, cursor: Cursor, count: usize, sum: u32) -> Result<u32, ReplayError> {

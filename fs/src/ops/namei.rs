@@ -389,7 +389,7 @@ impl Fs {
     }
 
     /// Changes the link count of a directory by its subdirectories; 1 means too many to count.
-    pub(super) fn count_subdir(&self, data: &mut InodeData, change: i32) {
+    pub(crate) fn count_subdir(&self, data: &mut InodeData, change: i32) {
         if data.links == 1 {
             return;
         }
@@ -402,7 +402,7 @@ impl Fs {
     }
 
     /// Writes a directory whose content was changed.
-    pub(super) fn touch_dir(&self, handle: &Handle, dir: &Inode, data: &mut InodeData) -> FsResult {
+    pub(crate) fn touch_dir(&self, handle: &Handle, dir: &Inode, data: &mut InodeData) -> FsResult {
         let now = self.now();
         data.mtime = now;
         data.ctime = now;

@@ -189,7 +189,7 @@ fn damaged_logs_end_where_they_end_for_e2fsck() {
 }
 
 #[test]
-fn pending_fast_commits_are_refused_by_name() {
+fn fast_commits_wait_until_they_are_replayed() {
     let scratch = Scratch::new();
     let path = scratch.mkfs(
         "image",
@@ -226,14 +226,20 @@ fn pending_fast_commits_are_refused_by_name() {
     let image = std::fs::read(&copy).unwrap();
     let disk = MemDisk::from_bytes("fast", image.clone());
     let extents = journal_extents(&copy);
-    let mut log = Log::open(disk as DynDevice, 4096, fs_blocks(&image), &extents).unwrap();
-    let error = log.recover().unwrap_err();
-    assert!(error.to_string().contains("fast_commit"), "{error}");
+    let dev = disk as DynDevice;
+    let mut log = Log::open(dev.clone(), 4096, fs_blocks(&image), &extents).unwrap();
+    let found = log.recover().unwrap();
+    assert!(!found.fast_commits.is_empty() && log.has_fast_commits());
+    // The log alone is recovered, and so they wait still.
+    let mut log = Log::open(dev, 4096, fs_blocks(&image), &extents).unwrap();
+    let again = log.recover().unwrap();
+    assert_eq!(again.transactions, 0);
+    assert_eq!(again.fast_commits, found.fast_commits);
     // Once unmounted there is nothing to replay.
     let image = std::fs::read(&path).unwrap();
     let disk = MemDisk::from_bytes("clean", image.clone());
     let mut log = Log::open(disk as DynDevice, 4096, fs_blocks(&image), &extents).unwrap();
-    log.recover().unwrap();
+    assert!(log.recover().unwrap().fast_commits.is_empty());
 }
 
 fn compare(args: &[&str]) {

@@ -295,23 +295,3 @@ fn tids_wrap() {
     assert!(!tid_gt(u32::MAX, 1));
     assert!(tid_geq(7, 7) && !tid_gt(7, 7));
 }
-
-#[test]
-fn a_fast_commit_of_another_transaction_is_not_pending() {
-    let mut block = vec![0; 1024];
-    assert!(!fc_pending(&block, 7));
-    let mut at = 0;
-    let mut put = |bytes: &[u8]| {
-        block[at..at + bytes.len()].copy_from_slice(bytes);
-        at += bytes.len();
-    };
-    put(&9u16.to_le_bytes());
-    put(&8u16.to_le_bytes());
-    put(&0u32.to_le_bytes());
-    put(&7u32.to_le_bytes());
-    put(&8u16.to_le_bytes());
-    put(&8u16.to_le_bytes());
-    put(&7u32.to_le_bytes());
-    assert!(fc_pending(&block, 7));
-    assert!(!fc_pending(&block, 8));
-}
