@@ -12,7 +12,8 @@ summary() {
             excluded=$((excluded + 1))
         elif [[ -e $result.notrun ]]; then
             printf '%s\t%s\n' "$name" "$(head -n 1 "$result.notrun")" >>"$work/notrun"
-        elif grep -q "^Failures:.* $name\( \|$\)" "$work/check.log"; then
+        elif grep -q "^Failures:.* $name\( \|$\)" "$work/check.log" ||
+            grep -qsw "$name" "$work/killed"; then
             failed+=("$name")
         elif grep -q "^$name .*[0-9]s\$" "$work/check.log"; then
             passed=$((passed + 1))

@@ -7,7 +7,7 @@
 //! But before each write the kernel looks up the size of the file, which means a GETATTR where it
 //! does not have the attributes. So they are taken away from it, and the error is the answer to that
 //! request: the next `write` returns it. A GETATTR for somebody's `stat` names no open file, and is
-//! answered as ever.
+//! answered as ever; one for a read beyond the end, or a seek to it, may take the error for itself.
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
