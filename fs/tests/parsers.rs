@@ -19,7 +19,7 @@ const LEN: usize = 8 << 20;
 
 type Parser = fn(&[u8]);
 
-const PARSERS: [(&str, Parser); 9] = [
+const PARSERS: [(&str, Parser); 10] = [
     ("superblock", parsers::superblock),
     ("inode", parsers::inode),
     ("dirent", parsers::dirent),
@@ -27,6 +27,7 @@ const PARSERS: [(&str, Parser); 9] = [
     ("extent", parsers::extent),
     ("xattr", parsers::xattr),
     ("acl", parsers::acl),
+    ("fast_commit", parsers::fast_commit),
     ("journal", parsers::journal),
     ("replay", parsers::replay),
 ];

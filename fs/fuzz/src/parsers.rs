@@ -9,10 +9,11 @@ use blockstack::{BlkError, BlkResult};
 use fs::Geometry;
 use fs::format::dirent::{self, DirLayout};
 use fs::format::extent::{self, Bounds, Node};
+use fs::format::fast_commit::{FcScan, FcScanner};
 use fs::format::htree::{self, CharSign, DxEntries, DxKind, Hasher};
 use fs::format::inode::InodeData;
 use fs::format::jbd2::{
-    Csum, Header, Incompat, JournalSuperblock, Revokes, TagFormat, Tags, commit_time, fc_pending,
+    Csum, Header, Incompat, JournalSuperblock, Revokes, TagFormat, Tags, commit_time,
 };
 use fs::format::superblock::RawSuperblock;
 use fs::format::xattr::{self, Area, NameIndex};
@@ -214,7 +215,6 @@ pub fn journal(bytes: &[u8]) {
     }
     let _ = Header::of(&block);
     let _ = commit_time(&block);
-    let _ = fc_pending(&block, 7);
     let csum = [Csum::None, Csum::V1, Csum::V23 { seed: 1 }][usize::from(choice % 3)];
     let format = TagFormat::new(Incompat::from_bits_retain(u32::from(choice)));
     assert!(Tags::new(&block, format, csum).count() <= block.len());
@@ -223,6 +223,20 @@ pub fn journal(bytes: &[u8]) {
     }
     let _ = csum.commit_ok(&block, 0);
     let _ = csum.block_ok(&block);
+}
+
+/// The area of fast commits.
+pub fn fast_commit(bytes: &[u8]) {
+    let (choice, bytes) = choice(bytes);
+    let mut scanner = FcScanner::new(u32::from(choice % 8));
+    for part in bytes.chunks(1024) {
+        match scanner.block(&block(part, 1024)) {
+            Ok(FcScan::More) => {}
+            Ok(_) | Err(_) => break,
+        }
+    }
+    let tags: usize = scanner.finish().iter().map(Vec::len).sum();
+    assert!(tags <= bytes.len());
 }
 
 const LOG_BLOCK: usize = 1024;

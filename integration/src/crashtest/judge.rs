@@ -1,12 +1,13 @@
 //! Mounts a crash state, replays it, walks over everything, and judges.
 
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use blockstack::DynDevice;
 use blockstack::backend::mem::{Image, MemDisk};
-use fs::Fs;
+use fs::{Fs, check};
 
 use super::Error;
 use super::disk::Scratch;
@@ -94,11 +95,16 @@ fn mount_and_walk(dev: DynDevice, with_sizes: bool) -> Result<Found, String> {
     Ok(found)
 }
 
-/// The file system's own check of a clean image.
-#[expect(
-    clippy::unnecessary_wraps,
-    reason = "as the check that is to stand here answers"
-)]
-fn own_check(_image: &Image) -> Result<(), String> {
-    Ok(())
+thread_local! {
+    /// Memory of the check, used again for the next state.
+    static CHECK: RefCell<check::Scratch> = RefCell::default();
+}
+
+/// The file system's own check of an image that was unmounted.
+fn own_check(image: &Image) -> Result<(), String> {
+    let report = CHECK.with_borrow_mut(|scratch| check::check(image, scratch));
+    match report.faults().next() {
+        None => Ok(()),
+        Some(fault) => Err(format!("after mount and unmount: {fault}")),
+    }
 }

@@ -41,7 +41,7 @@ fn after_a_shutdown_everything_fails_and_what_was_synced_is_there() {
     let (file, other) = (mount.dir.join("file"), mount.dir.join("other"));
     fs::write(&file, "synced").unwrap();
     // As FUSE does not tell of it, a shutdown that does not flush must.
-    shell(&mount.dir, "sync");
+    shell(&mount.dir, "sync -f .");
     let refused = shut_down(&file, SOMEBODY);
     assert!(
         text(&refused).contains("Operation not permitted"),
