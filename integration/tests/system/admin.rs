@@ -288,6 +288,8 @@ fn a_write_protected_device_is_named_as_such() {
     } else {
         Mount::new(device.as_ref(), &dir, "ro").unmount();
     }
+    // It would stay so for whoever has the loop device next.
+    run(Command::new("blockdev").args(["--setrw", &device]));
     run(Command::new("losetup").args(["-d", &device]));
     let said = text(&refused);
     assert_eq!(refused.status.code(), Some(32), "{said}");
