@@ -22,6 +22,10 @@ use storm::{DIRECT, FILE, ME, ROOT, write};
 static PROGRESS: AtomicU64 = AtomicU64::new(0);
 static PANICS: AtomicU64 = AtomicU64::new(0);
 
+fn is_long() -> bool {
+    std::env::var_os("FUSEFS_STACK_LONG").is_some_and(|value| value == "1")
+}
+
 /// Ends the process where nothing moves for a minute, and counts panics of all threads.
 fn watch() {
     static ONCE: std::sync::Once = std::sync::Once::new();

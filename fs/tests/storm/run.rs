@@ -297,12 +297,6 @@ impl Storm {
         match self.fs.fallocate(&inode, mode, at, len, &ME) {
             Ok(()) => {}
             Err(FsError::NotSupported) if !self.fs.geo.has_extents() => {
-                // The part of a range that was to be zeros may be.
-                if mode.contains(FallocMode::ZERO_RANGE) {
-                    self.history.model.nodes[id].content.zero(at, at + len);
-                    self.changed(&[id]);
-                    self.versioned(id, None);
-                }
                 return Ok(format!(
                     "= fallocate {mode:?} node {id} {at} {len}: not supported"
                 ));
