@@ -63,7 +63,13 @@ fn a_direct_write_to_a_preallocated_file_allocates_nothing() {
     const WRITES: u64 = 2000;
     let scratch = Scratch::new();
     let args = ["-t", "ext4", "-b", "4096", "-J", "size=16"];
-    let made = scratch.try_mkfs(&args, "128M").unwrap();
+    let mut made = scratch.try_mkfs(&args, "128M").unwrap();
+    // The disk takes memory for what is written first; here it has it.
+    let mut block = [0; BLOCK as usize];
+    for at in (0..128 << 20).step_by(block.len()) {
+        made.read_at(at, &mut block);
+        made.write_at(at, &block);
+    }
     let disk = MemDisk::from_image("mem", made);
     let dev: DynDevice = disk.clone();
     let options = MountOptions {
