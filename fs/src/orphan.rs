@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use blockstack::sync::{Condvar, Mutex, Rank};
@@ -100,6 +100,8 @@ pub struct Orphans {
     state: Mutex<State>,
     farewells: Mutex<Farewells>,
     given_up: Condvar,
+    /// Whoever gives files up does so by itself, soon after it has removed them.
+    farewells_follow: AtomicBool,
 }
 
 impl Default for Orphans {
@@ -108,6 +110,7 @@ impl Default for Orphans {
             state: Mutex::new(Rank::ExtentTree, State::default()),
             farewells: Mutex::new(Rank::Counters, Farewells::default()),
             given_up: Condvar::new(),
+            farewells_follow: AtomicBool::new(false),
         }
     }
 }
@@ -116,6 +119,12 @@ impl Default for Orphans {
 const FAREWELL: Duration = Duration::from_millis(200);
 
 impl Orphans {
+    /// The file system stands below a kernel: that a removed file is not open comes after the answer
+    /// to its removal, and is worth waiting for where there is no space.
+    pub fn expect_farewells(&self) {
+        self.farewells_follow.store(true, Ordering::Release);
+    }
+
     /// A file lost its last name.
     pub(crate) fn note_unnamed(&self) {
         self.farewells.lock().unnamed = Some(Instant::now());
@@ -130,6 +139,9 @@ impl Orphans {
     /// Where a file was removed just now, waits for the kernel's word that it may be deleted: that
     /// comes after the removal was answered. `false` where none came. The caller holds no lock.
     pub(crate) fn wait_for_farewell(&self) -> bool {
+        if !self.farewells_follow.load(Ordering::Acquire) {
+            return false;
+        }
         let mut farewells = self.farewells.lock();
         let seen = farewells.given_up;
         while farewells.given_up == seen {

@@ -203,6 +203,11 @@ impl Alloc {
         u64::try_from(self.pending.load(Ordering::Relaxed)).unwrap_or(0)
     }
 
+    /// Whether a commit makes blocks or inodes available.
+    pub(crate) fn has_pending(&self) -> bool {
+        self.pending_blocks() > 0 || !self.freed_inodes.lock().is_empty()
+    }
+
     /// The state of a group; reads its block of descriptors on first use.
     fn group(&self, g: u32) -> FsResult<&Group> {
         let geo = &self.core.geo;

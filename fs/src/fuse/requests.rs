@@ -152,6 +152,7 @@ impl Requests {
         let (to_fs, to_notify) = (fs.clone(), notify.clone());
         let seeks = Workqueue::new("seek", 2, move |job| seek(&to_fs, &to_notify, job))?;
         let lost = Lost::new(notify.clone())?;
+        fs.orphans.expect_farewells();
         Ok(Self {
             fs,
             lost,

@@ -125,8 +125,8 @@ impl Fs {
         operation()
     }
 
-    /// Brings back the space of what was removed: inodes that are still to be deleted, and blocks
-    /// that come back with the next commit. `false` where there are none. Waits for commits; the
+    /// Brings back the space of what was removed: inodes that are still to be deleted, and what
+    /// comes back with the next commit. `false` where there are none. Waits for commits; the
     /// caller must hold no lock.
     pub(crate) fn reclaim(&self) -> FsResult<bool> {
         if self.reclaim_given_up()? {
@@ -144,7 +144,7 @@ impl Fs {
         if let Some(evictions) = doomed {
             evictions.flush();
         }
-        if self.alloc.pending_blocks() > 0 {
+        if self.alloc.has_pending() {
             self.journal.commit_all()?;
             return Ok(true);
         }

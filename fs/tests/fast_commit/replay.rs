@@ -223,7 +223,7 @@ fn shape(seed: u64) -> &'static [&'static str] {
 fn storm(seed: u64) -> Option<Verified> {
     let args = shape(seed);
     let made = Made::storm(seed)?;
-    match verify(&made, true) {
+    match verify(&made, asks_kernel()) {
         Ok(verified) => {
             let (commits, kernel) = (verified.commits, &verified.kernel);
             println!("seed {seed} {args:?}: {commits} fast commits, the kernel: {kernel:?}");
@@ -235,6 +235,13 @@ fn storm(seed: u64) -> Option<Verified> {
             panic!("seed {seed} {args:?}: {error}\nimage: {}", kept.display());
         }
     }
+}
+
+/// Whether the kernel replays the same images: `FAST_COMMIT_KERNEL=1`. Not by itself: its replay is
+/// code that few run, and on a file system without extents 6.18 stops with a BUG, after which every
+/// `sync` of the machine waits for ever.
+fn asks_kernel() -> bool {
+    std::env::var_os("FAST_COMMIT_KERNEL").is_some_and(|value| value == "1")
 }
 
 /// Seeds from `FAST_COMMIT_SEEDS` (first..last), else a few.
@@ -263,5 +270,5 @@ fn what_was_synced_by_fast_commits_is_there() {
     let with_commits = with_commits.count();
     let count = all.len();
     println!("{count} images, {with_commits} with fast commits, {same} the same for the kernel");
-    assert!(with_commits * 2 > count && same * 2 > with_commits);
+    assert!(with_commits * 2 > count && (same * 2 > with_commits || !asks_kernel()));
 }
