@@ -319,7 +319,13 @@ impl Run {
             return;
         }
         self.forgotten(to);
-        if shared {
+        // The thread may still hold what it has just written: then it stays, too.
+        let held = !shared && self.client.get(from).is_some();
+        if held {
+            self.clean(from);
+            assert_eq!(self.on_disk(from), content);
+        }
+        if shared || held {
             assert!(self.client.get(to).is_none());
             let is_bad = self.disk.set(|state| state.bad_writes.contains(&(to * 2)));
             assert_eq!(moved.is_err(), is_bad);
