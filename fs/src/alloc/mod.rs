@@ -203,9 +203,12 @@ impl Alloc {
         u64::try_from(self.pending.load(Ordering::Relaxed)).unwrap_or(0)
     }
 
-    /// Whether a commit makes blocks or inodes available.
+    /// Whether a commit makes blocks available, or inodes where there are none. (An operation that
+    /// found no block has given its inode back, which is no reason for a commit.)
     pub(crate) fn has_pending(&self) -> bool {
-        self.pending_blocks() > 0 || !self.freed_inodes.lock().is_empty()
+        let freed = self.freed_inodes.lock().len() as i64;
+        let all_freed = freed > 0 && self.free_inodes.load(Ordering::Relaxed) <= freed;
+        self.pending_blocks() > 0 || all_freed
     }
 
     /// The state of a group; reads its block of descriptors on first use.
