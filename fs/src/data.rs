@@ -29,9 +29,7 @@ use std::time::Duration;
 
 use blockstack::direct_io::{Dio, DioDone, DirectIo, Extent, Mapping as DioMapping};
 use blockstack::sync::{RwLockWriteGuard, blocking};
-use blockstack::{
-    BioFlags, BlkError, BlkResult, Buf, PagePool, Sector, SectorCount, flush_wait, read_wait,
-};
+use blockstack::{BioFlags, BlkError, BlkResult, Buf, PagePool, Sector, SectorCount, read_wait};
 use smallvec::SmallVec;
 
 use crate::alloc::{Privilege, Run};
@@ -40,9 +38,11 @@ use crate::core::Fs;
 use crate::error::{FsError, FsResult};
 use crate::format::inode::{InodeData, InodeFlags};
 use crate::inode::Inode;
-use crate::inode::map::{self, MapKind, Seek, Written};
+use crate::inode::map::{self, MapKind, Written};
 use crate::ops::{Caller, RECLAIMS};
 
+mod copy;
+mod durable;
 mod journalled;
 
 /// The engine of a mount's file data.
@@ -794,74 +794,10 @@ impl Fs {
             Err(_) => write.end.min(u64::from(named) << self.geo.block_bits),
         };
         data.size = data.size.max(end);
-        if let Origin::Direct { kill_priv } = write.origin {
-            if write.stamps {
-                let now = self.now();
-                data.mtime = now;
-                data.ctime = now;
-            }
-            if kill_priv {
-                crate::ops::attr::drop_privileges(data);
-            }
-        }
-        data.count_change();
+        self.stamp_write(data, write.origin, write.stamps);
         let written = self.write_inode(&handle, inode, data);
         inode.datasync_tid.store(handle.tid(), Ordering::Release);
         handle.finish(result.and(written))
-    }
-
-    /// Makes a file durable; `datasync` without what reading it back does not need.
-    ///
-    /// # Errors
-    /// Also of writes that were answered before they ended.
-    pub fn fsync(self: &Arc<Self>, inode: &Inode, datasync: bool) -> FsResult {
-        self.wait_begun(inode);
-        if !datasync {
-            self.write_times(inode)?;
-        }
-        let lost = inode.io.take_error();
-        let tid = if datasync {
-            &inode.datasync_tid
-        } else {
-            &inode.tid
-        };
-        let durable = self.persist(inode, tid.load(Ordering::Acquire));
-        lost.map_or(Ok(()), Err).and(durable)
-    }
-
-    /// Makes transaction `tid` durable, and the data of the inode that was written so far.
-    fn persist(&self, inode: &Inode, tid: u32) -> FsResult {
-        let unflushed = inode.unflushed.needed();
-        match (tid, unflushed) {
-            (0, None) => Ok(()),
-            (0, Some(_)) if self.opts.barrier => flush_wait(&self.dev).map_err(FsError::from),
-            (0, Some(_)) => Ok(()),
-            (tid, Some(_)) => self.journal.commit_or_flush(tid),
-            (tid, None) => self.journal.commit_wait(tid),
-        }?;
-        if let Some(written) = unflushed {
-            inode.unflushed.flushed(written);
-        }
-        Ok(())
-    }
-
-    /// Waits for all data under way and makes everything durable.
-    ///
-    /// # Errors
-    /// The first one met.
-    pub fn sync(self: &Arc<Self>) -> FsResult {
-        if self.is_shut_down() {
-            return Err(FsError::ShutDown);
-        }
-        let mut first = Ok(());
-        for inode in self.inodes.all() {
-            self.wait_begun(&inode);
-            if let Some(error) = inode.io.take_error() {
-                first = first.and(Err(error));
-            }
-            first = first.and(self.write_times(&inode));
-        }
-        first.and(self.journal.commit_all())
     }
 
     /// Zeros bytes `from..to` of a file where they are mapped; both in the same block. The inode is
@@ -894,125 +830,7 @@ impl Fs {
         inode.unflushed.mark();
         Ok(())
     }
-
-    /// Finds the next data or hole at or after `offset`, as `lseek` does.
-    ///
-    /// # Errors
-    /// [`FsError::NoSuchAddress`] at or past the end of file, or without data behind `offset`.
-    pub fn seek(self: &Arc<Self>, inode: &Inode, offset: u64, what: Seek) -> FsResult<u64> {
-        self.wait_begun(inode);
-        let data = inode.data.read();
-        if offset >= data.size {
-            return Err(FsError::NoSuchAddress);
-        }
-        let lblk = (offset >> self.geo.block_bits) as u32;
-        let found = map::next(self, inode, &data, lblk, what)?;
-        let found = found.map(|lblk| (u64::from(lblk) << self.geo.block_bits).max(offset));
-        match (what, found) {
-            (_, Some(at)) if at < data.size => Ok(at),
-            (Seek::Hole, _) => Ok(data.size),
-            (Seek::Data, _) => Err(FsError::NoSuchAddress),
-        }
-    }
-
-    /// Copies up to `len` bytes between files; gives the bytes copied.
-    ///
-    /// # Errors
-    /// Those of reading and writing, where nothing was copied.
-    pub fn copy_range(
-        self: &Arc<Self>,
-        from: &Arc<Inode>,
-        from_offset: u64,
-        to: &Arc<Inode>,
-        to_offset: u64,
-        len: u64,
-        caller: &Caller,
-    ) -> FsResult<u64> {
-        let mut copied = 0;
-        while copied < len {
-            let step = (len - copied).min(MAX_IO.into()) as u32;
-            let part = self.copy_part(
-                from,
-                from_offset + copied,
-                to,
-                to_offset + copied,
-                step,
-                caller,
-            );
-            match part {
-                Ok(0) => break,
-                Ok(part) => copied += u64::from(part),
-                Err(_) if copied > 0 => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(copied)
-    }
-
-    fn copy_part(
-        self: &Arc<Self>,
-        from: &Arc<Inode>,
-        from_offset: u64,
-        to: &Arc<Inode>,
-        to_offset: u64,
-        len: u32,
-        caller: &Caller,
-    ) -> FsResult<u32> {
-        let (answer, wait) = answer_slot();
-        self.read(
-            from,
-            from_offset,
-            len,
-            Box::new(move |res| answer(res.map(<[u8]>::to_vec))),
-        );
-        let bytes = wait.take()?;
-        if bytes.is_empty() {
-            return Ok(0);
-        }
-        let (answer, wait) = answer_slot();
-        let origin = Origin::Direct {
-            kill_priv: caller.uid != 0,
-        };
-        self.write(to, to_offset, &bytes, origin, caller, Box::new(answer));
-        wait.take()
-    }
 }
 
 /// Bytes of page cache writes under way.
 pub type Behind = AtomicUsize;
-
-pub(crate) struct Answer<T>(
-    Arc<(
-        blockstack::sync::Mutex<Option<FsResult<T>>>,
-        blockstack::sync::Condvar,
-    )>,
-);
-
-impl<T> Answer<T> {
-    /// Waits for the answer.
-    pub(crate) fn take(self) -> FsResult<T> {
-        let (slot, woken) = &*self.0;
-        let mut slot = slot.lock();
-        loop {
-            if let Some(answer) = slot.take() {
-                return answer;
-            }
-            woken.wait(&mut slot);
-        }
-    }
-}
-
-/// A place for an answer that comes from another thread.
-pub(crate) fn answer_slot<T: Send + 'static>()
--> (impl FnOnce(FsResult<T>) + Send + 'static, Answer<T>) {
-    let slot = Arc::new((
-        blockstack::sync::Mutex::new(blockstack::sync::Rank::Pool, None),
-        blockstack::sync::Condvar::new(),
-    ));
-    let answer = Answer(slot.clone());
-    let put = move |value| {
-        *slot.0.lock_nested() = Some(value);
-        slot.1.notify_one();
-    };
-    (put, answer)
-}

@@ -403,6 +403,7 @@ fn files_are_deleted_where_groups_are_small_and_the_log_is_short() {
         fs.setattr(file.ino, &shorter, &ME).unwrap();
         fs.unlink(ROOT, b"file", &ME).unwrap();
         fs.forget(file.ino, 1);
+        fs.evict_all();
         fs.sync().unwrap();
         let after = fs.statfs();
         assert_eq!((after.ffree, after.bfree), (free.ffree, free.bfree));

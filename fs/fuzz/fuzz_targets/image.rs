@@ -9,7 +9,7 @@ mod base;
 #[path = "../../tests/hostile/exercise.rs"]
 mod exercise;
 #[path = "../../tests/storm/mod.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "shared with tests, which use more of it")]
 mod storm;
 
 use std::sync::OnceLock;

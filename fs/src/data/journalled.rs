@@ -161,8 +161,7 @@ impl Fs {
             .put_part(&handle, inode, &mut data, &part)
             .and_then(|()| {
                 data.size = data.size.max(part.end());
-                self.stamp_write(&mut data, origin, caller);
-                data.count_change();
+                self.stamp_write(&mut data, origin, !caller.keeps_times);
                 self.write_inode(&handle, inode, &data)
             });
         inode.datasync_tid.store(handle.tid(), Ordering::Release);
@@ -244,19 +243,19 @@ impl Fs {
         handle.finish(zeroed)
     }
 
-    /// Sets what a write changes in the inode besides the size.
-    pub(super) fn stamp_write(&self, data: &mut InodeData, origin: Origin, caller: &Caller) {
-        let Origin::Direct { kill_priv } = origin else {
-            return;
-        };
-        if !caller.keeps_times {
-            let now = self.now();
-            data.mtime = now;
-            data.ctime = now;
+    /// Sets what a write changes in the inode besides the size; the times where `stamps` says so.
+    pub(super) fn stamp_write(&self, data: &mut InodeData, origin: Origin, stamps: bool) {
+        if let Origin::Direct { kill_priv } = origin {
+            if stamps {
+                let now = self.now();
+                data.mtime = now;
+                data.ctime = now;
+            }
+            if kill_priv {
+                crate::ops::attr::drop_privileges(data);
+            }
         }
-        if kill_priv {
-            crate::ops::attr::drop_privileges(data);
-        }
+        data.count_change();
     }
 
     /// Whether a file may be written up to byte `end`.
